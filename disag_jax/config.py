@@ -1,0 +1,285 @@
+"""The experiment configuration: what to train, and on which split of the devices.
+
+A file in `configs/` returns a `Config`; `train.py --config configs/tiny.py --config.model.top_k=2`
+overrides single fields with type conversion. Overrides are set after construction, so derived values
+are properties and `Config.validate` runs once after parsing.
+"""
+
+import dataclasses
+import enum
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: one sentence naming the field, its value and the rule it breaks."""
+
+
+class RouterScore(enum.StrEnum):
+    """How router logits become scores."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+
+
+class Dtype(enum.StrEnum):
+    """Type of the weights and activations that the units compute with."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """A decoder-only Mixture-of-Experts language model.
+
+    Attributes:
+      head_dim: width of one attention head; num_heads * head_dim need not equal d_model.
+      expert_width: hidden width of one SwiGLU expert.
+      num_shared_experts: experts that every token visits, merged into one of this many widths.
+      normalize_gates: divide a token's top_k scores by their sum.
+      gate_scale: constant factor on the routed gates.
+      balance_loss_weight: weight of the per-sequence balance loss, summed over layers.
+      z_loss_weight: weight of the router z-loss, summed over layers.
+      bias_update_rate: step of the aux-loss-free selection bias; 0 leaves the bias at zero.
+      capacity_factor: keep at most ceil(capacity_factor * S * top_k / num_experts) tokens per
+        sequence and expert, earlier tokens first; None drops nothing.
+    """
+
+    vocab_size: int = 256
+    num_layers: int = 4
+    d_model: int = 64
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 16
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    num_experts: int = 8
+    top_k: int = 2
+    expert_width: int = 128
+    num_shared_experts: int = 0
+    router_score: RouterScore = RouterScore.SOFTMAX
+    normalize_gates: bool = True
+    gate_scale: float = 1.0
+    balance_loss_weight: float = 0.0
+    z_loss_weight: float = 0.0
+    bias_update_rate: float = 0.0
+    capacity_factor: float | None = None
+    init_std: float = 0.02
+
+
+@dataclasses.dataclass
+class SplitConfig:
+    """How the devices are split (docs/design.md, "Words").
+
+    Attributes:
+      replicas: D, data-parallel copies of the whole pipeline.
+      stages: p, groups per role; stage g holds layers g, g+p, g+2p, ...
+      attention_workers: M, devices per attention stage; each holds its own tokens.
+      expert_workers: N, devices per expert stage; each holds its own experts.
+      hop: periods from a message's making to its use (1, or 2 for slower networks).
+      bucket_factors: row capacities of the transport, as multiples of the expected load. The worst
+        case always follows the last one. A step that overflows a bucket is run again in the next.
+    """
+
+    replicas: int = 1
+    stages: int = 1
+    attention_workers: int = 1
+    expert_workers: int = 1
+    hop: int = 1
+    bucket_factors: tuple[float, ...] = (1.25, 2.0)
+
+    @property
+    def workers(self) -> int:
+        """Workers of one pipeline, p(M+N)."""
+        return self.stages * (self.attention_workers + self.expert_workers)
+
+    @property
+    def num_devices(self) -> int:
+        return self.replicas * self.workers
+
+    @property
+    def rounds(self) -> int:
+        """R, slots of a message and rounds of a transfer."""
+        return max(self.attention_workers, self.expert_workers)
+
+
+@dataclasses.dataclass
+class BatchConfig:
+    """The tokens of one optimizer step: D * K * M * T in sequences of S.
+
+    Attributes:
+      sequence_length: S, tokens per sequence.
+      tokens_per_worker: T, tokens that one attention worker holds per micro-batch; whole sequences.
+      micro_batches: K, micro-batches that cross the pipeline in one step.
+    """
+
+    sequence_length: int = 128
+    tokens_per_worker: int = 512
+    micro_batches: int = 4
+
+    @property
+    def sequences_per_worker(self) -> int:
+        return self.tokens_per_worker // self.sequence_length
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Text to train on, read as bytes.
+
+    Attributes:
+      paths: text files or directories; empty means the Python standard library's own sources.
+      held_out_fraction: share of the files kept out of training for evaluation.
+    """
+
+    paths: tuple[str, ...] = ()
+    held_out_fraction: float = 0.1
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW with decoupled weight decay, linear warm-up and cosine decay, global-norm clipping."""
+
+    peak_learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-4
+    warmup_steps: int = 20
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """Length and rhythm of a run.
+
+    Attributes:
+      compute_dtype: type of weights and activations in the units; masters, gradients and optimizer
+        state are float32 (float64 with float64).
+      loss_chunk: tokens whose logits a worker holds at once.
+      eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never).
+      eval_batches: steps' worth of held-out text per evaluation.
+    """
+
+    num_steps: int = 100
+    seed: int = 0
+    compute_dtype: Dtype = Dtype.BFLOAT16
+    loss_chunk: int = 1024
+    log_every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 4
+    checkpoint_every: int = 0
+
+
+@dataclasses.dataclass
+class Config:
+    """One experiment."""
+
+    name: str = "unnamed"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    @property
+    def layers_per_stage(self) -> int:
+        """v, rows of weights per worker: ceil(L / p)."""
+        return -(-self.model.num_layers // self.split.stages)
+
+    @property
+    def fanout(self) -> int:
+        """Copies of one token that travel at most: one per expert worker it needs."""
+        return min(self.model.top_k, self.split.expert_workers)
+
+    @property
+    def sequences_per_step(self) -> int:
+        split, batch = self.split, self.batch
+        per_micro_batch = split.replicas * split.attention_workers * batch.sequences_per_worker
+        return batch.micro_batches * per_micro_batch
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.batch.sequence_length
+
+    def validate(self) -> "Config":
+        """Returns itself, or raises ConfigError for the first broken rule."""
+        self._check_ranges()
+        model, batch, split = self.model, self.batch, self.split
+        _require(
+            model.top_k <= model.num_experts,
+            "model.top_k", model.top_k, f"at most model.num_experts ({model.num_experts})",
+        )
+        _require(
+            model.num_heads % model.num_kv_heads == 0,
+            "model.num_heads", model.num_heads,
+            f"a multiple of model.num_kv_heads ({model.num_kv_heads})",
+        )
+        _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "even, for RoPE")
+        _require(
+            batch.tokens_per_worker % batch.sequence_length == 0,
+            "batch.tokens_per_worker", batch.tokens_per_worker,
+            f"whole sequences, a multiple of batch.sequence_length ({batch.sequence_length})",
+        )
+        _require(
+            split.expert_workers <= model.num_experts,
+            "split.expert_workers", split.expert_workers,
+            f"at most model.num_experts ({model.num_experts}), so that each holds an expert",
+        )
+        _require(
+            split.stages <= model.num_layers,
+            "split.stages", split.stages,
+            f"at most model.num_layers ({model.num_layers}), so that each holds a layer",
+        )
+        return self
+
+    def _check_ranges(self):
+        """Checks every field that is limited by itself alone."""
+        for section, names in _POSITIVE.items():
+            for name in names:
+                value = getattr(getattr(self, section), name)
+                _require(value > 0, f"{section}.{name}", value, "greater than 0")
+        for section, names in _NOT_NEGATIVE.items():
+            for name in names:
+                value = getattr(getattr(self, section), name)
+                _require(value >= 0, f"{section}.{name}", value, "0 or more")
+        factor = self.model.capacity_factor
+        if factor is not None:
+            _require(factor > 0, "model.capacity_factor", factor, "greater than 0, or None")
+        _require(self.split.hop in (1, 2), "split.hop", self.split.hop, "1 or 2")
+        for value in self.split.bucket_factors:
+            _require(
+                isinstance(value, (int, float)) and value >= 1,
+                "split.bucket_factors", self.split.bucket_factors, "numbers of at least 1",
+            )
+        for path in self.data.paths:
+            _require(isinstance(path, str), "data.paths", path, "a tuple of strings")
+        fraction = self.data.held_out_fraction
+        _require(0 < fraction < 1, "data.held_out_fraction", fraction, "between 0 and 1")
+        for name in ("b1", "b2"):
+            value = getattr(self.optimizer, name)
+            _require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
+
+
+_POSITIVE = {
+    "model": (
+        "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim",
+        "rope_theta", "norm_eps", "num_experts", "top_k", "expert_width", "gate_scale", "init_std",
+    ),
+    "split": ("replicas", "stages", "attention_workers", "expert_workers"),
+    "batch": ("sequence_length", "tokens_per_worker", "micro_batches"),
+    "optimizer": ("peak_learning_rate", "eps", "max_grad_norm"),
+    "run": ("num_steps", "loss_chunk", "log_every", "eval_batches"),
+}  # fmt: skip
+
+_NOT_NEGATIVE = {
+    "model": ("num_shared_experts", "balance_loss_weight", "z_loss_weight", "bias_update_rate"),
+    "optimizer": ("final_learning_rate", "warmup_steps", "weight_decay"),
+    "run": ("seed", "eval_every", "checkpoint_every"),
+}
+
+
+def _require(holds: bool, field: str, value, rule: str):
+    if not holds:
+        raise ConfigError(f"{field} = {value!r} must be {rule}")

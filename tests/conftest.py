@@ -1,0 +1,8 @@
+"""Eight simulated CPU devices and float64, set before JAX starts its CPU client."""
+
+import jax
+
+from mesh import runtime
+
+runtime.simulate_cpu_devices(8)
+jax.config.update("jax_enable_x64", True)
