@@ -1,8 +1,8 @@
 """The experiment configuration: what to train, and on which split of the devices.
 
 A file in `configs/` returns a `Config`; `train.py --config configs/tiny.py --config.model.top_k=2`
-overrides single fields with type conversion. Overrides are set after construction, so derived values
-are properties and `Config.validate` runs once after parsing.
+overrides single fields with type conversion. Overrides are set after construction, so derived
+values are properties and `Config.validate` runs once after parsing.
 """
 
 import dataclasses
