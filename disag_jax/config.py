@@ -209,27 +209,33 @@ class Config:
         model, batch, split = self.model, self.batch, self.split
         _require(
             model.top_k <= model.num_experts,
-            "model.top_k", model.top_k, f"at most model.num_experts ({model.num_experts})",
+            "model.top_k",
+            model.top_k,
+            f"at most model.num_experts ({model.num_experts})",
         )
         _require(
             model.num_heads % model.num_kv_heads == 0,
-            "model.num_heads", model.num_heads,
+            "model.num_heads",
+            model.num_heads,
             f"a multiple of model.num_kv_heads ({model.num_kv_heads})",
         )
         _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "even, for RoPE")
         _require(
             batch.tokens_per_worker % batch.sequence_length == 0,
-            "batch.tokens_per_worker", batch.tokens_per_worker,
+            "batch.tokens_per_worker",
+            batch.tokens_per_worker,
             f"whole sequences, a multiple of batch.sequence_length ({batch.sequence_length})",
         )
         _require(
             split.expert_workers <= model.num_experts,
-            "split.expert_workers", split.expert_workers,
+            "split.expert_workers",
+            split.expert_workers,
             f"at most model.num_experts ({model.num_experts}), so that each holds an expert",
         )
         _require(
             split.stages <= model.num_layers,
-            "split.stages", split.stages,
+            "split.stages",
+            split.stages,
             f"at most model.num_layers ({model.num_layers}), so that each holds a layer",
         )
         return self
@@ -251,7 +257,9 @@ class Config:
         for value in self.split.bucket_factors:
             _require(
                 isinstance(value, (int, float)) and value >= 1,
-                "split.bucket_factors", self.split.bucket_factors, "numbers of at least 1",
+                "split.bucket_factors",
+                self.split.bucket_factors,
+                "numbers of at least 1",
             )
         for path in self.data.paths:
             _require(isinstance(path, str), "data.paths", path, "a tuple of strings")

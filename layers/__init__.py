@@ -1,0 +1,1 @@
+"""Model mathematics on one device; knows nothing of meshes or schedules."""

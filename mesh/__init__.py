@@ -1,0 +1,1 @@
+"""Devices: roles, submeshes, many-to-many transfers, packing; knows nothing of the model."""

@@ -1,0 +1,148 @@
+"""Static sizes that the program is compiled for, derived from a config and a transport bucket."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from disag_jax.config import Config
+from layers.dtypes import accumulation_dtype
+from layers.grouped_matmul import sorted_rows, tile_rows
+from mesh.placement import ExpertPlaces, Placement
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Bucket:
+    """Capacities of the transport; never a property of the model.
+
+    Attributes:
+      rows: C, rows of one message slot (one token each).
+      sorted_rows: P, expert-sorted rows of one expert worker, tile padding included.
+    """
+
+    rows: int
+    sorted_rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Sizes of one worker's units.
+
+    The letters are the ones used as shape suffixes: T tokens of an attention worker, S sequence
+    length, D model width, E experts, K choices per token, F copies of a token at most (fan-out),
+    R message slots, C rows per slot, M attention workers, n = M*C rows of an expert worker,
+    P expert-sorted rows, v layer rows per worker.
+    """
+
+    config: Config
+    placement: Placement
+    places: ExpertPlaces
+    bucket: Bucket
+    tile: int
+
+    @property
+    def T(self) -> int:
+        return self.config.batch.tokens_per_worker
+
+    @property
+    def S(self) -> int:
+        return self.config.batch.sequence_length
+
+    @property
+    def D(self) -> int:
+        return self.config.model.d_model
+
+    @property
+    def E(self) -> int:
+        return self.config.model.num_experts
+
+    @property
+    def K(self) -> int:
+        return self.config.model.top_k
+
+    @property
+    def F(self) -> int:
+        return self.config.fanout
+
+    @property
+    def R(self) -> int:
+        return self.placement.rounds
+
+    @property
+    def C(self) -> int:
+        return self.bucket.rows
+
+    @property
+    def M(self) -> int:
+        return self.placement.attention_workers
+
+    @property
+    def P(self) -> int:
+        return self.bucket.sorted_rows
+
+    @property
+    def compute_dtype(self):
+        return jnp.dtype(self.config.run.compute_dtype.value)
+
+    @property
+    def wide_dtype(self):
+        """Type of gates, losses, master weights and gradient sums."""
+        return accumulation_dtype(self.compute_dtype)
+
+    def floats(self, *shape) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, self.compute_dtype)
+
+    def wides(self, *shape) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, self.wide_dtype)
+
+    def ints(self, *shape) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.dtype(np.int32))
+
+
+def placement_of(config: Config) -> Placement:
+    """The placement that `config.split` describes."""
+    split = config.split
+    return Placement(split.replicas, split.stages, split.attention_workers, split.expert_workers)
+
+
+def make_geometry(config: Config, bucket: Bucket | None = None) -> Geometry:
+    """Sizes for `bucket`, or for the worst case, which nothing overflows."""
+    return Geometry(
+        config=config,
+        placement=placement_of(config),
+        places=ExpertPlaces(config.model.num_experts, config.split.expert_workers),
+        bucket=bucket or buckets(config)[-1],
+        tile=tile_rows(),
+    )
+
+
+def buckets(config: Config) -> list[Bucket]:
+    """Transport capacities from the expected load to the worst case, each larger than the last."""
+    model, tokens = config.model, config.batch.tokens_per_worker
+    num_workers = config.split.expert_workers
+    held = ExpertPlaces(model.num_experts, num_workers).per_worker
+    total_tokens = config.split.attention_workers * tokens
+    # One chance in how many subsets of top_k experts that a token needs none of this worker's.
+    missed = math.comb(model.num_experts - held, model.top_k)
+    expected_rows = tokens * (1 - missed / math.comb(model.num_experts, model.top_k))
+    routed_share = model.top_k * held / model.num_experts
+    expected_pairs = total_tokens * (routed_share + model.num_shared_experts / num_workers)
+    worst_pairs = total_tokens * (min(model.top_k, held) + model.num_shared_experts)
+    groups = held + model.num_shared_experts
+    found = []
+    for factor in (*sorted(config.split.bucket_factors), math.inf):
+        bucket = Bucket(
+            rows=int(min(tokens, _round_up(factor * expected_rows, 8))),
+            sorted_rows=sorted_rows(
+                int(min(worst_pairs, _round_up(factor * expected_pairs, 8))), groups, tile_rows()
+            ),
+        )
+        if bucket not in found:
+            found.append(bucket)
+    return found
+
+
+def _round_up(value: float, multiple: int) -> float:
+    return value if math.isinf(value) else math.ceil(value / multiple) * multiple

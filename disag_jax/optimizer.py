@@ -1,0 +1,53 @@
+"""AdamW and its learning-rate schedule.
+
+Clipping and the learning rate come from outside the optimizer: the exact global norm is known only
+to the pipeline program, and a role that clipped by itself would clip by its own part of the norm.
+"""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from disag_jax.config import Config
+
+
+def learning_rate(config: Config) -> Callable[[int], jax.Array]:
+    """Learning rate of a step (0-based): linear warm-up, then cosine decay over the run."""
+    options = config.optimizer
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=options.peak_learning_rate,
+        warmup_steps=options.warmup_steps,
+        decay_steps=max(config.run.num_steps, options.warmup_steps + 1),
+        end_value=options.final_learning_rate,
+    )
+
+
+def clip_factor(config: Config, gradient_norm: float) -> float:
+    """What to multiply gradients by so that their norm is at most `max_grad_norm`."""
+    limit = config.optimizer.max_grad_norm
+    return 1.0 if gradient_norm < limit else limit / gradient_norm
+
+
+def make_optimizer(config: Config, leading_dims: int) -> optax.GradientTransformation:
+    """AdamW without its learning rate, for leaves with `leading_dims` dims before their own.
+
+    Weights with two or more dims of their own decay; norm scales do not.
+    """
+    options = config.optimizer
+
+    def decays(params):
+        return jax.tree.map(lambda leaf: leaf.ndim - leading_dims >= 2, params)
+
+    return optax.chain(
+        optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps),
+        optax.add_decayed_weights(options.weight_decay, mask=decays),
+    )
+
+
+def apply(optimizer, params, opt_state, grads, factor, rate):
+    """One update with gradients times `factor` at learning rate `rate`: (params, opt_state)."""
+    grads = jax.tree.map(lambda grad: grad * factor, grads)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return jax.tree.map(lambda p, u: p - rate * u, params, updates), opt_state

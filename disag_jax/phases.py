@@ -1,0 +1,289 @@
+"""What one worker does in the forward and in the backward phase of a period.
+
+A phase switches on the worker's role: idle, attention unit or expert unit. No transfer happens in
+a phase: messages come in and go out as words (mesh/wire.py) and the loop moves them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from disag_jax.dispatch import combine, combine_cotangent, cotangent_template, message_template
+from disag_jax.geometry import Geometry
+from disag_jax.model import POST_NORM
+from disag_jax.schedule import IDLE, Schedule
+from disag_jax.shared_loss import SharedLoss
+from disag_jax.stash import StashPool
+from disag_jax.units import AttentionUnit, ExpertUnit, RoutingStats
+from layers.head import HeadParams
+from mesh.m2n import pick_slots, place_slots
+from mesh.packing import RowLayout
+from mesh.placement import Whoami
+from mesh.roles import Role
+from mesh.wire import WordCodec
+
+
+class Weights(NamedTuple):
+    """What one worker computes with.
+
+    Attributes:
+      rows: [v, P], the packed weights of the worker's role.
+      post_norm: [v, D], of this stage's layers, on both roles.
+      embedding: [V, D].
+      head: final norm and head.
+      router_bias: [L, E].
+    """
+
+    rows: jax.Array
+    post_norm: jax.Array
+    embedding: jax.Array
+    head: HeadParams
+    router_bias: jax.Array
+
+
+class Grads(NamedTuple):
+    """Sums of gradients, as `Weights`; post_norm holds the expert units' part only."""
+
+    rows: jax.Array
+    post_norm: jax.Array
+    embedding: jax.Array
+    head: HeadParams
+
+
+class Stats(NamedTuple):
+    """Sums over the step on one worker: nll, and RoutingStats with a leading dim v.
+
+    The needs are largest values: rows of a slot (in `routing`), sorted rows.
+    """
+
+    nll: jax.Array
+    routing: RoutingStats
+    sorted_needed: jax.Array
+
+
+class Entry(NamedTuple):
+    """One worker's unit in a period, traced: a row of the schedule table."""
+
+    micro_batch: jax.Array
+    layer_row: jax.Array
+    slot: jax.Array
+
+
+class Layouts(NamedTuple):
+    """How the weights of each role lie in a worker's rows; num_columns is P, for both."""
+
+    attention: RowLayout
+    expert: RowLayout
+    num_columns: int
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> "Layouts":
+        attention = RowLayout(AttentionUnit(geometry).module.params)
+        expert = RowLayout(ExpertUnit(geometry).module.params)
+        return cls(attention, expert, max(attention.num_columns, expert.num_columns))
+
+
+class Phases:
+    """The phases of the executing worker, for one program: static sizes plus traced weights."""
+
+    def __init__(self, geometry: Geometry, schedule: Schedule):
+        self.geometry = geometry
+        self.attention, self.expert = AttentionUnit(geometry), ExpertUnit(geometry)
+        self.layouts = Layouts.of(geometry)
+        self.shared_loss = SharedLoss(geometry)
+        self.message = WordCodec(message_template(geometry), geometry.compute_dtype)
+        self.cotangent = WordCodec(cotangent_template(geometry), geometry.compute_dtype)
+        templates = {
+            Role.ATTENTION: self.attention.stash_template(),
+            Role.EXPERT: self.expert.stash_template(),
+        }
+        self.pool = StashPool(templates, schedule.stash_slots, geometry.compute_dtype)
+        self.keeps_stash = max(schedule.stash_slots) > 0
+
+    def bind(self, weights: Weights, tokens_KT, labels_KT, aux_scales, loss_scale) -> "Phases":
+        """Sets the traced values of this step."""
+        self.me = Whoami.of(self.geometry.placement)
+        self.weights = weights
+        self.tokens_KT, self.labels_KT = tokens_KT, labels_KT
+        self.aux_scales, self.loss_scale = aux_scales, loss_scale
+        return self
+
+    def forward(self, inbox, entry: Entry, stash, stats: Stats):
+        """Runs this worker's forward unit: returns (outbox, stash, stats)."""
+
+        def idle(inbox, stash, stats):
+            return jnp.zeros_like(inbox), stash, stats
+
+        def attention(inbox, stash, stats):
+            with jax.named_scope("attention_forward"):
+                return self._attention_forward(inbox, entry, stash, stats)
+
+        def experts(inbox, stash, stats):
+            with jax.named_scope("expert_forward"):
+                return self._expert_forward(inbox, entry, stash, stats)
+
+        return self._switch(entry, (idle, attention, experts), inbox, stash, stats)
+
+    def backward(self, inbox, entry: Entry, stash, grads: Grads):
+        """Runs this worker's backward unit: returns (outbox, grads)."""
+
+        def idle(inbox, stash, grads):
+            return jnp.zeros_like(inbox), grads
+
+        def attention(inbox, stash, grads):
+            with jax.named_scope("attention_backward"):
+                return self._attention_backward(inbox, entry, stash, grads)
+
+        def experts(inbox, stash, grads):
+            with jax.named_scope("expert_backward"):
+                return self._expert_backward(inbox, entry, stash, grads)
+
+        return self._switch(entry, (idle, attention, experts), inbox, stash, grads)
+
+    def loss_backward(self, inbox, micro_batch, outbox, grads: Grads, stats: Stats):
+        """Adds a due loss to the backward phase: returns (outbox, grads, stats).
+
+        inbox: the forward message of this period; outbox: the backward phase's so far. The owners
+        of the loss send its gradient instead; their only backward unit that may share the period
+        is layer 0's, which sends nothing.
+        """
+
+        def due(outbox, grads, stats):
+            with jax.named_scope("loss"):
+                return self._loss_backward(inbox, micro_batch, outbox, grads, stats)
+
+        def not_due(outbox, grads, stats):
+            return outbox, grads, stats
+
+        return lax.cond(micro_batch != IDLE, due, not_due, outbox, grads, stats)
+
+    def loss_forward(self, inbox, micro_batch, stats: Stats) -> Stats:
+        """Adds a due loss to the stats, without gradients."""
+
+        def due(stats):
+            h_TD = combine(self.geometry, self.message.decode(inbox))
+            labels_T = self.labels_KT[micro_batch]
+            nll = self.shared_loss.loss(self.weights.head, h_TD, labels_T)
+            return stats._replace(nll=stats.nll + nll)
+
+        return lax.cond(micro_batch != IDLE, due, lambda stats: stats, stats)
+
+    def zero_stats(self) -> Stats:
+        g, num_rows = self.geometry, self.weights.rows.shape[0]
+        zero, zeros = jnp.zeros((), g.wide_dtype), jnp.zeros((num_rows,), g.wide_dtype)
+        count = jnp.zeros((), jnp.int32)
+        routing = RoutingStats(
+            counts=jnp.zeros((num_rows, g.E), jnp.int32),
+            dropped=jnp.zeros((num_rows,), jnp.int32),
+            balance_loss=zeros,
+            z_loss=zeros,
+            rows_needed=count,
+        )
+        return Stats(nll=zero, routing=routing, sorted_needed=count)
+
+    def zero_grads(self) -> Grads:
+        weights = self.weights
+        zeros = lambda w: jnp.zeros(w.shape, self.geometry.wide_dtype)  # noqa: E731
+        return Grads(
+            rows=zeros(weights.rows),
+            post_norm=zeros(weights.post_norm),
+            embedding=zeros(weights.embedding),
+            head=jax.tree.map(zeros, weights.head),
+        )
+
+    def _switch(self, entry: Entry, branches, *operands):
+        role = jnp.where(self.me.is_attention, 1, 2)
+        return lax.switch(jnp.where(entry.micro_batch == IDLE, 0, role), branches, *operands)
+
+    def _is_first_layer(self, entry: Entry):
+        return (entry.layer_row == 0) & (self.me.stage == 0)
+
+    def _attention_forward(self, inbox, entry, stash, stats):
+        g, weights = self.geometry, self.weights
+        message = self.message.decode(inbox)
+        is_first = self._is_first_layer(entry)
+        embedded_TD = weights.embedding[self.tokens_KT[entry.micro_batch]]
+        h_TD = jnp.where(is_first, embedded_TD, combine(g, message))
+        # The first layer's input came from no message: its backward unit sends nothing.
+        origin = jnp.where(is_first, 0, message.origin)
+        params = self.layouts.attention.read(weights.rows, entry.layer_row)
+        bias_E = weights.router_bias[entry.layer_row * g.placement.stages + self.me.stage]
+        message, kept, routing = self.attention.forward(params, bias_E, h_TD, origin, self.me.rank)
+        if self.keeps_stash:
+            stash = self.pool.write(stash, Role.ATTENTION, entry.slot, kept)
+        return self.message.encode(message), stash, _add_routing(stats, entry, routing)
+
+    def _expert_forward(self, inbox, entry, stash, stats):
+        g = self.geometry
+        message = self.message.decode(pick_slots(inbox, self.me.rank, g.M))
+        message, kept, needed = self.expert.forward(self._expert_params(entry), message)
+        if self.keeps_stash:
+            stash = self.pool.write(stash, Role.EXPERT, entry.slot, kept)
+        outbox = place_slots(self.message.encode(message), self.me.rank, g.R)
+        stats = stats._replace(sorted_needed=jnp.maximum(stats.sorted_needed, needed))
+        return outbox, stash, stats
+
+    def _attention_backward(self, inbox, entry, stash, grads):
+        kept = self.pool.read(stash, Role.ATTENTION, entry.slot)
+        params = self.layouts.attention.read(self.weights.rows, entry.layer_row)
+        dparams, dh_TD = self.attention.backward(
+            params, kept, self.cotangent.decode(inbox), self.me.rank, self.aux_scales
+        )
+        with jax.named_scope("add_gradients"):
+            rows = self.layouts.attention.add(grads.rows, entry.layer_row, dparams)
+            embedding = self._add_embedding(grads.embedding, entry, dh_TD)
+        outbox = self.cotangent.encode(combine_cotangent(self.geometry, dh_TD, kept.origin))
+        return outbox, grads._replace(rows=rows, embedding=embedding)
+
+    def _add_embedding(self, embedding, entry, dh_TD):
+        tokens_T = self.tokens_KT[entry.micro_batch]
+        return lax.cond(
+            self._is_first_layer(entry),
+            lambda sums: sums.at[tokens_T].add(dh_TD.astype(sums.dtype)),
+            lambda sums: sums,
+            embedding,
+        )
+
+    def _expert_backward(self, inbox, entry, stash, grads):
+        g = self.geometry
+        kept = self.pool.read(stash, Role.EXPERT, entry.slot)
+        dy = self.cotangent.decode(pick_slots(inbox, self.me.rank, g.M)).x
+        dparams, cotangent = self.expert.backward(self._expert_params(entry), kept, dy)
+        dnorm_D = dparams.pop(POST_NORM)["scale"].astype(grads.post_norm.dtype)
+        with jax.named_scope("add_gradients"):
+            grads = grads._replace(
+                rows=self.layouts.expert.add(grads.rows, entry.layer_row, dparams),
+                post_norm=grads.post_norm.at[entry.layer_row].add(dnorm_D),
+            )
+        return place_slots(self.cotangent.encode(cotangent), self.me.rank, g.R), grads
+
+    def _expert_params(self, entry):
+        params = self.layouts.expert.read(self.weights.rows, entry.layer_row)
+        return {**params, POST_NORM: {"scale": self.weights.post_norm[entry.layer_row]}}
+
+    def _loss_backward(self, inbox, micro_batch, outbox, grads, stats):
+        g = self.geometry
+        message = self.message.decode(inbox)
+        nll, dh_TD, head = self.shared_loss.loss_and_backward(
+            self.weights.head,
+            combine(g, message),
+            self.labels_KT[micro_batch],
+            self.loss_scale,
+            grads.head,
+        )
+        sent = self.cotangent.encode(combine_cotangent(g, dh_TD, message.origin))
+        is_owner = self.me.is_attention & (self.me.stage == self.shared_loss.owner_stage)
+        outbox = jnp.where(is_owner, sent, outbox)
+        return outbox, grads._replace(head=head), stats._replace(nll=stats.nll + nll)
+
+
+def _add_routing(stats: Stats, entry: Entry, routing: RoutingStats) -> Stats:
+    total, row = stats.routing, entry.layer_row
+    sums = {
+        name: getattr(total, name).at[row].add(getattr(routing, name))
+        for name in ("counts", "dropped", "balance_loss", "z_loss")
+    }
+    needed = jnp.maximum(total.rows_needed, routing.rows_needed)
+    return stats._replace(routing=RoutingStats(**sums, rows_needed=needed))

@@ -1,0 +1,227 @@
+"""AF-Pipe: the jitted loop in which attention and expert workers run side by side.
+
+One period of the loop (hop 1):
+
+    backward messages in flight  ||  forward phase:  switch(role)(idle, attention, experts)
+    forward messages in flight   ||  backward phase: switch(role)(idle, attention', experts'); loss
+
+The transfer of what one phase made has no data dependence on the other phase, so XLA runs it
+underneath. With hop 2 both transfers have the whole period. What each worker does in each period is
+a table (disag_jax/schedule.py) over which up to three `lax.scan`s run: warm-up, steady, cool-down.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from disag_jax.geometry import Geometry
+from disag_jax.phases import Entry, Grads, Phases, Stats
+from disag_jax.reduction import gather_weights, reduce_grads, reduce_stats
+from disag_jax.schedule import Schedule
+from layers.router import updated_bias
+from mesh.m2n import RingTransport
+from mesh.placement import ALL_DEVICES, Meshes, Whoami
+from mesh.roles import Role
+
+PER_WORKER = PartitionSpec(ALL_DEVICES)
+EVERYWHERE = PartitionSpec()
+VOCABULARY_SPECS = {"embedding": PER_WORKER, "final_norm": EVERYWHERE, "head": PER_WORKER}
+
+
+class Carry(NamedTuple):
+    """State of the loop on one worker; boxes are words [R, ...].
+
+    inbox_f, outbox_f: forward messages received and made; inbox_b, outbox_b: backward ones. With
+    hop 1 only inbox_f and outbox_b outlive a period, the other two are None.
+    """
+
+    inbox_f: jax.Array
+    outbox_f: jax.Array | None
+    inbox_b: jax.Array | None
+    outbox_b: jax.Array
+    stash: jax.Array
+    grads: Grads | None
+    stats: Stats
+
+
+class Loop:
+    """Runs a schedule on the executing worker."""
+
+    def __init__(self, phases: Phases, schedule: Schedule):
+        self.phases, self.schedule = phases, schedule
+        self.transport = RingTransport(phases.geometry.placement)
+
+    def run(self, *, with_gradients: bool) -> Carry:
+        """Executes every period of the schedule."""
+        schedule = self.schedule
+        tables = (schedule.forward, schedule.backward, schedule.loss)
+        carry = self._start(with_gradients)
+        for begin, end, forward, backward in schedule.segments:
+            rows = jax.tree.map(lambda table, b=begin, e=end: jnp.asarray(table[b:e]), tables)
+
+            def period(carry, row, forward=forward, backward=backward):
+                return self._period(carry, row, forward, backward), None
+
+            carry, _ = lax.scan(period, carry, rows)
+        return carry
+
+    def _start(self, with_gradients: bool) -> Carry:
+        phases, rounds = self.phases, self.phases.geometry.R
+        message, cotangent = phases.message.zeros(rounds), phases.cotangent.zeros(rounds)
+        two_hops = self.schedule.hop == 2
+        return Carry(
+            inbox_f=message,
+            outbox_f=message if two_hops else None,
+            inbox_b=cotangent if two_hops else None,
+            outbox_b=cotangent,
+            stash=phases.pool.zeros(),
+            grads=phases.zero_grads() if with_gradients else None,
+            stats=phases.zero_stats(),
+        )
+
+    def _period(self, carry: Carry, row, forward: bool, backward: bool) -> Carry:
+        """One period; `forward` and `backward` say which phases this segment has."""
+        if self.schedule.hop == 2:
+            return self._period_of_two_hops(carry, row, forward, backward)
+        inbox_b = self._send_backward(carry.outbox_b) if backward else None
+        after = carry
+        if forward:
+            outbox_f, after = self._forward_phase(carry.inbox_f, row, after)
+            after = after._replace(inbox_f=self._send_forward(outbox_f))
+        if backward:
+            outbox_b, after = self._backward_phase(inbox_b, carry.inbox_f, row, after)
+            after = after._replace(outbox_b=outbox_b)
+        return after
+
+    def _period_of_two_hops(self, carry: Carry, row, forward: bool, backward: bool) -> Carry:
+        # The last forward message is still under way when the cool-down begins.
+        after = carry._replace(inbox_f=self._send_forward(carry.outbox_f))
+        if forward:
+            outbox_f, after = self._forward_phase(carry.inbox_f, row, after)
+            after = after._replace(outbox_f=outbox_f)
+        if backward:
+            after = after._replace(inbox_b=self._send_backward(carry.outbox_b))
+            outbox_b, after = self._backward_phase(carry.inbox_b, carry.inbox_f, row, after)
+            after = after._replace(outbox_b=outbox_b)
+        return after
+
+    def _forward_phase(self, inbox_f, row, carry: Carry):
+        forward, _, _ = row
+        outbox_f, stash, stats = self.phases.forward(
+            inbox_f, self._entry(forward), carry.stash, carry.stats
+        )
+        return outbox_f, carry._replace(stash=stash, stats=stats)
+
+    def _backward_phase(self, inbox_b, inbox_f, row, carry: Carry):
+        """The backward unit and the loss, or only the loss when no gradients are wanted."""
+        _, backward, loss = row
+        if carry.grads is None:
+            stats = self.phases.loss_forward(inbox_f, loss, carry.stats)
+            return carry.outbox_b, carry._replace(stats=stats)
+        outbox_b, grads = self.phases.backward(
+            inbox_b, self._entry(backward), carry.stash, carry.grads
+        )
+        outbox_b, grads, stats = self.phases.loss_backward(
+            inbox_f, loss, outbox_b, grads, carry.stats
+        )
+        return outbox_b, carry._replace(grads=grads, stats=stats)
+
+    def _send_forward(self, words):
+        with jax.named_scope("m2n_forward"):
+            return self.transport.send_forward(words)
+
+    def _send_backward(self, words):
+        with jax.named_scope("m2n_backward"):
+            return self.transport.send_backward(words)
+
+    def _entry(self, table) -> Entry:
+        """This worker's row of one period's table [p, role, 3]."""
+        me = self.phases.me
+        role = jnp.where(me.is_attention, int(Role.ATTENTION), int(Role.EXPERT))
+        return Entry(*table[me.stage, role])
+
+
+def gradient_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
+    """The jitted training pipeline.
+
+    Returns a function of
+      rows: [W, v, P] and vocabulary: embedding, head [V', D], final_norm [D], compute type;
+      router_bias: [L, E];
+      batch: int32 [W, K, B, S + 1], token sequences of each attention worker, any on the others;
+    that returns
+      row gradients [W, v, P], vocabulary gradients, next router bias, and the step's metrics, on
+      every device alike (disag_jax/reduction.py). All are sums over the whole step.
+    """
+    model = geometry.config.model
+
+    def program(rows, vocabulary, router_bias, batch):
+        weights = gather_weights(geometry, rows, vocabulary, router_bias)
+        num_labels, loss_scale, aux_scales = _scales(geometry, batch[0])
+        phases = Phases(geometry, schedule)
+        phases.bind(weights, *_tokens_and_labels(geometry, batch[0]), aux_scales, loss_scale)
+        carry = Loop(phases, schedule).run(with_gradients=True)
+        row_grads, vocabulary_grads, norms = reduce_grads(geometry, phases.layouts, carry.grads)
+        metrics = reduce_stats(geometry, carry.stats, num_labels, aux_scales) | norms
+        bias = router_bias
+        if model.bias_update_rate:
+            bias = updated_bias(bias, metrics["expert_counts"], model.bias_update_rate)
+        return row_grads, vocabulary_grads, bias, metrics
+
+    return jax.jit(
+        jax.shard_map(
+            program,
+            mesh=meshes.union,
+            in_specs=(PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, PER_WORKER),
+            out_specs=(PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, EVERYWHERE),
+            check_vma=False,
+        )
+    )
+
+
+def evaluation_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
+    """The jitted forward-only pipeline: as `gradient_program`, but returns the metrics alone."""
+
+    def program(rows, vocabulary, router_bias, batch):
+        weights = gather_weights(geometry, rows, vocabulary, router_bias)
+        num_labels, loss_scale, aux_scales = _scales(geometry, batch[0])
+        phases = Phases(geometry, schedule)
+        phases.bind(weights, *_tokens_and_labels(geometry, batch[0]), aux_scales, loss_scale)
+        carry = Loop(phases, schedule).run(with_gradients=False)
+        return reduce_stats(geometry, carry.stats, num_labels, aux_scales)
+
+    return jax.jit(
+        jax.shard_map(
+            program,
+            mesh=meshes.union,
+            in_specs=(PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, PER_WORKER),
+            out_specs=EVERYWHERE,
+            check_vma=False,
+        )
+    )
+
+
+def _tokens_and_labels(geometry: Geometry, batch_KBS):
+    """Inputs and labels [K, T] of the sequences [K, B, S + 1]."""
+    flat = (batch_KBS.shape[0], geometry.T)
+    return batch_KBS[:, :, :-1].reshape(flat), batch_KBS[:, :, 1:].reshape(flat)
+
+
+def _scales(geometry: Geometry, batch_KBS):
+    """(labels in the whole step, factor of each one's nll, factors of the auxiliary sums)."""
+    config = geometry.config
+    me = Whoami.of(geometry.placement)
+    counts_here = me.is_attention & (me.stage == 0)
+    labels = jnp.sum(batch_KBS[:, :, 1:] >= 0, dtype=jnp.int32)
+    num_labels = lax.psum(jnp.where(counts_here, labels, 0), ALL_DEVICES)
+    wide = geometry.wide_dtype
+    aux_scales = jnp.array(
+        [
+            config.model.balance_loss_weight / config.sequences_per_step,
+            config.model.z_loss_weight / config.tokens_per_step,
+        ],
+        wide,
+    )
+    return num_labels, 1 / num_labels.astype(wide), aux_scales

@@ -1,0 +1,173 @@
+"""Collectives at the two ends of the pipeline program: sharing weights, summing gradients.
+
+Groups are of three kinds, and no two partitions of the mesh share a group of several devices (on
+GPUs that is an error): the workers of a role in a stage, the workers of a stage, all devices.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+from disag_jax.geometry import Geometry
+from disag_jax.model import POST_NORM
+from disag_jax.phases import Grads, Layouts, Stats, Weights
+from layers.head import HeadParams
+from mesh.placement import ALL_DEVICES, REPLICA, WORKER, Whoami
+
+
+def gather_weights(geometry: Geometry, rows, vocabulary, router_bias) -> Weights:
+    """This worker's weights, from its shard of the program's arguments.
+
+    The vocabulary's rows come from all devices; the post-attention norm, stored with the attention
+    layers, goes to the expert workers of the stage.
+    """
+    me, placement = Whoami.of(geometry.placement), geometry.placement
+    rows = rows[0]
+    post_norm = rows[:, Layouts.of(geometry).attention.columns(POST_NORM)]
+    is_source = me.is_attention & (me.rank == 0)
+    post_norm = lax.psum(
+        jnp.where(is_source, post_norm, 0), WORKER, axis_index_groups=placement.stage_groups()
+    )
+    gather = lambda shard: lax.all_gather(shard, ALL_DEVICES, tiled=True)  # noqa: E731
+    return Weights(
+        rows=rows,
+        post_norm=post_norm,
+        embedding=gather(vocabulary["embedding"]),
+        head=HeadParams(
+            final_norm=vocabulary["final_norm"],
+            head=gather(vocabulary["head"])[: geometry.config.model.vocab_size],
+        ),
+        router_bias=router_bias,
+    )
+
+
+def reduce_grads(geometry: Geometry, layouts: Layouts, grads: Grads):
+    """Sums gradients over the workers that share a parameter.
+
+    Returns (row gradients [1, v, P], vocabulary gradients sharded like the vocabulary, norms):
+    `gradient_norm` over all parameters, each counted once, and `gradient_norm_<role>`.
+    """
+    rows = _sum_shared_rows(geometry, layouts, grads)
+    embedding, head = (
+        _scatter_vocabulary(geometry, table) for table in (grads.embedding, grads.head.head)
+    )
+    final_norm = lax.psum(grads.head.final_norm, ALL_DEVICES)
+    vocabulary = {"embedding": embedding, "final_norm": final_norm, "head": head}
+    return rows[None], vocabulary, _norms(geometry, layouts, rows, vocabulary)
+
+
+def reduce_stats(geometry: Geometry, stats: Stats, num_labels, aux_scales) -> dict:
+    """The step's metrics, equal on every device.
+
+    loss (mean nll in nats), balance_loss and z_loss (unweighted, summed over layers), total_loss,
+    expert_counts [L, E], dropped_pairs [L], rows_needed and sorted_rows_needed.
+    """
+    per_layer = {
+        name: _per_layer(geometry, getattr(stats.routing, name))
+        for name in ("counts", "dropped", "balance_loss", "z_loss")
+    }
+    summed = lax.psum({**per_layer, "nll": stats.nll}, ALL_DEVICES)
+    config = geometry.config
+    loss = summed["nll"] / num_labels.astype(stats.nll.dtype)
+    balance, z = jnp.sum(summed["balance_loss"]), jnp.sum(summed["z_loss"])
+    return {
+        "loss": loss,
+        "balance_loss": balance / config.sequences_per_step,
+        "z_loss": z / config.tokens_per_step,
+        "total_loss": loss + aux_scales[0] * balance + aux_scales[1] * z,
+        "expert_counts": summed["counts"],
+        "dropped_pairs": summed["dropped"],
+        "rows_needed": lax.pmax(stats.routing.rows_needed, ALL_DEVICES),
+        "sorted_rows_needed": lax.pmax(stats.sorted_needed, ALL_DEVICES),
+    }
+
+
+def _sum_shared_rows(geometry: Geometry, layouts: Layouts, grads: Grads):
+    """Row gradients [v, P] summed over replicas and over the workers that hold equal rows.
+
+    Attention workers of a stage hold all columns alike; expert workers only their shared experts.
+    The experts' part of the post-attention norm joins the attention side's.
+    """
+    me, placement = Whoami.of(geometry.placement), geometry.placement
+    rows = grads.rows
+    shared = {True: [slice(0, layouts.attention.num_columns)], False: _shared_columns(geometry)}
+    width = max(_total(columns) for columns in shared.values())
+
+    def pick(columns):
+        picked = jnp.concatenate([rows[:, c] for c in columns] or [rows[:, :0]], axis=1)
+        return jnp.pad(picked, ((0, 0), (0, width - picked.shape[1])))
+
+    sums = lax.psum(
+        jnp.where(me.is_attention, pick(shared[True]), pick(shared[False])),
+        WORKER,
+        axis_index_groups=placement.role_groups(),
+    )
+
+    def put(columns):
+        result, offset = rows, 0
+        for c in columns:
+            size = c.stop - c.start
+            result = result.at[:, c].set(sums[:, offset : offset + size])
+            offset += size
+        return result
+
+    rows = jnp.where(me.is_attention, put(shared[True]), put(shared[False]))
+    post_norm = lax.psum(grads.post_norm, WORKER, axis_index_groups=placement.stage_groups())
+    columns = layouts.attention.columns(POST_NORM)
+    rows = rows.at[:, columns].add(jnp.where(me.is_attention, post_norm, 0))
+    return lax.psum(rows, REPLICA) if placement.replicas > 1 else rows
+
+
+def _shared_columns(geometry: Geometry) -> list[slice]:
+    """Columns of the shared experts in an expert worker's rows."""
+    if not geometry.config.model.num_shared_experts:
+        return []
+    layout = Layouts.of(geometry).expert
+    first = geometry.places.per_worker
+    return [
+        slice(offset + first * math.prod(leaf.shape[1:]), offset + size)
+        for leaf, offset, size in zip(layout.leaves, layout.offsets, layout.sizes, strict=True)
+    ]
+
+
+def _total(columns: list[slice]) -> int:
+    return sum(c.stop - c.start for c in columns)
+
+
+def _scatter_vocabulary(geometry: Geometry, table_VD):
+    """This device's rows of the sum over all devices, of the table padded to equal shards."""
+    missing = -table_VD.shape[0] % geometry.placement.num_devices
+    padded = jnp.pad(table_VD, ((0, missing), (0, 0)))
+    return lax.psum_scatter(padded, ALL_DEVICES, scatter_dimension=0, tiled=True)
+
+
+def _norms(geometry: Geometry, layouts: Layouts, rows, vocabulary) -> dict:
+    """Global gradient norms; every parameter is counted on one device."""
+    me = Whoami.of(geometry.placement)
+    is_rank_0, is_replica_0 = me.rank == 0, me.replica == 0
+    own = jnp.ones((rows.shape[1],), bool)
+    for columns in _shared_columns(geometry):
+        own = own.at[columns].set(is_rank_0)
+    expert = jnp.sum(jnp.where(own, rows, 0) ** 2)
+    attention = jnp.where(is_rank_0, jnp.sum(rows**2), 0)
+    is_first = is_replica_0 & (me.worker == 0)
+    squares = {
+        "attention": jnp.where(is_replica_0 & me.is_attention, attention, 0),
+        "expert": jnp.where(is_replica_0 & ~me.is_attention, expert, 0),
+        "vocabulary": jnp.sum(vocabulary["embedding"] ** 2)
+        + jnp.sum(vocabulary["head"] ** 2)
+        + jnp.where(is_first, jnp.sum(vocabulary["final_norm"] ** 2), 0),
+    }
+    squares = lax.psum(squares, ALL_DEVICES)
+    norms = {f"gradient_norm_{name}": jnp.sqrt(square) for name, square in squares.items()}
+    return {"gradient_norm": jnp.sqrt(sum(squares.values())), **norms}
+
+
+def _per_layer(geometry: Geometry, values):
+    """Values [v, ...] of this stage's layers as [L, ...], zeros elsewhere: ready to be summed."""
+    stages, num_layers = geometry.placement.stages, geometry.config.model.num_layers
+    me = Whoami.of(geometry.placement)
+    grid = jnp.zeros((values.shape[0], stages, *values.shape[1:]), values.dtype)
+    grid = grid.at[:, me.stage].set(jnp.where(me.is_attention, values, 0))
+    return grid.reshape(-1, *values.shape[1:])[:num_layers]

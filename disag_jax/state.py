@@ -1,0 +1,310 @@
+"""Training state: logical parameter trees on the submeshes, and their packed compute copies.
+
+There are three groups of parameters, each with its own mesh, optimizer state and update program:
+
+  attention   leaves [v, p, ...] on the attention submesh, equal on the M workers of a stage
+  expert      leaves [v, p, N * places, ...] on the expert submesh, shared experts [v, p, n, ...]
+  vocabulary  embedding and head, rows split over all devices of the union mesh
+
+In [v, p, ...] C order is layer order (layer = row * p + stage). Masters and optimizer state are
+wide (float32, or float64); the pipeline computes with copies in the compute type, packed in rows.
+An update program touches only what its devices hold: it has no collectives.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from disag_jax import model as model_lib
+from disag_jax import optimizer as optimizer_lib
+from disag_jax.config import Config
+from disag_jax.geometry import Geometry, make_geometry
+from disag_jax.phases import Layouts
+from disag_jax.pipeline import EVERYWHERE, VOCABULARY_SPECS
+from mesh.placement import EXPERT, STAGE, Meshes
+from mesh.views import role_views, union_view
+
+ROUTED, SHARED = "experts", "shared_experts"
+GROUPS = ("attention", "expert", "vocabulary")
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Everything that an optimizer step changes.
+
+    Attributes:
+      step: optimizer steps done.
+      params, opt_state: by group; see the module's docstring.
+      router_bias: [L, E], on every device.
+      rows: [W, v, P] packed weights of every worker, in the compute type.
+      vocabulary: the vocabulary's weights in the compute type.
+    """
+
+    step: int
+    params: dict[str, Any]
+    opt_state: dict[str, Any]
+    router_bias: jax.Array
+    rows: jax.Array
+    vocabulary: dict[str, jax.Array]
+
+
+class Group:
+    """One group's place: its mesh and the partition of its parameters and optimizer state."""
+
+    def __init__(self, mesh, params, specs, optimizer):
+        self.mesh, self.params, self.specs, self.optimizer = mesh, params, specs, optimizer
+        self.opt_state = jax.eval_shape(optimizer.init, params)
+        self.opt_specs = optax.tree_map_params(
+            optimizer,
+            lambda _, spec: spec,
+            self.opt_state,
+            specs,
+            transform_non_params=lambda _: EVERYWHERE,
+        )
+
+    def shardings(self, specs):
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process holds a device of the group, and so takes part in its programs."""
+        return any(d.process_index == jax.process_index() for d in self.mesh.devices.flat)
+
+    def run(self, program, outputs, specs, *args):
+        """Calls a program of this group, or makes arrays without shards where it has no device."""
+        if self.is_here:
+            return program(*args)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.make_array_from_single_device_arrays(
+                leaf.shape, sharding, [], dtype=leaf.dtype
+            ),
+            outputs,
+            self.shardings(specs),
+        )
+
+
+class StateManager:
+    """Creates training state and updates it from the pipeline's gradients."""
+
+    def __init__(self, config: Config, meshes: Meshes):
+        self.config, self.meshes = config, meshes
+        self.geometry = make_geometry(config)
+        self.layouts = Layouts.of(self.geometry)
+        self.groups = _make_groups(config, meshes, self.geometry)
+        self._rows_spec = {
+            "attention": PartitionSpec(STAGE),
+            "expert": PartitionSpec((STAGE, EXPERT)),
+        }
+        self._pack = {
+            "attention": functools.partial(_pack_attention, self.layouts),
+            "expert": functools.partial(_pack_expert, self.layouts),
+        }
+        self._unpack = {
+            "attention": functools.partial(_unpack_attention, self.layouts),
+            "expert": functools.partial(_unpack_expert, self.layouts, self.geometry),
+        }
+        self._updates = {name: self._update_program(name) for name in GROUPS}
+
+    def init(self, seed: int) -> TrainState:
+        """Fresh state; parameters depend on the seed and the model alone, not on the split."""
+        params, opt_state = {}, {}
+        for name, group in self.groups.items():
+            make = jax.jit(self._init_group(name), out_shardings=group.shardings(group.specs))
+            params[name] = group.run(make, group.params, group.specs, jax.random.key(seed))
+            start = jax.jit(group.optimizer.init, out_shardings=group.shardings(group.opt_specs))
+            opt_state[name] = group.run(start, group.opt_state, group.opt_specs, params[name])
+        return self.with_compute_copies(0, params, opt_state, self._zero_bias())
+
+    def with_compute_copies(self, step: int, params, opt_state, router_bias) -> TrainState:
+        """The state with these masters: casts and packs what the pipeline computes with."""
+        compute = self.geometry.compute_dtype
+
+        def role_rows(name):
+            group = self.groups[name]
+            program = self._shard_map(
+                group,
+                lambda params: self._pack[name](params, compute),
+                (group.specs,),
+                self._rows_spec[name],
+            )
+            return group.run(program, self._row_shape(name), self._rows_spec[name], params[name])
+
+        cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(compute), tree))
+        return TrainState(
+            step=step,
+            params=params,
+            opt_state=opt_state,
+            router_bias=router_bias,
+            rows=union_view(self.meshes, role_rows("attention"), role_rows("expert")),
+            vocabulary=cast(params["vocabulary"]),
+        )
+
+    def update(
+        self, state: TrainState, row_grads, vocabulary_grads, router_bias, factor, rate
+    ) -> TrainState:
+        """The next state, for gradients scaled by `factor` and learning rate `rate`.
+
+        The old state and the gradients are donated: use neither afterwards.
+        """
+        wide = self.geometry.wide_dtype.type
+        scalars = (wide(factor), wide(rate))
+        views = dict(zip(("attention", "expert"), role_views(self.meshes, row_grads), strict=True))
+        del row_grads
+        views["vocabulary"] = vocabulary_grads
+        params, opt_state, copies = {}, {}, {}
+        for name, group in self.groups.items():
+            outputs, specs = self._update_outputs(name)
+            args = (state.params[name], state.opt_state[name], views.pop(name), *scalars)
+            params[name], opt_state[name], copies[name] = group.run(
+                self._updates[name], outputs, specs, *args
+            )
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            router_bias=router_bias,
+            rows=union_view(self.meshes, copies["attention"], copies["expert"]),
+            vocabulary=copies["vocabulary"],
+        )
+
+    def _update_program(self, name: str):
+        group = self.groups[name]
+        compute = self.geometry.compute_dtype
+
+        def update(params, opt_state, grads, factor, rate):
+            if name != "vocabulary":
+                grads = self._unpack[name](grads)
+            params, opt_state = optimizer_lib.apply(
+                group.optimizer, params, opt_state, grads, factor, rate
+            )
+            if name != "vocabulary":
+                return params, opt_state, self._pack[name](params, compute)
+            return params, opt_state, jax.tree.map(lambda x: x.astype(compute), params)
+
+        copy_specs = self._rows_spec.get(name, VOCABULARY_SPECS)
+        in_specs = (group.specs, group.opt_specs, copy_specs, EVERYWHERE, EVERYWHERE)
+        out_specs = (group.specs, group.opt_specs, copy_specs)
+        return self._shard_map(group, update, in_specs, out_specs, donate_argnums=(0, 1, 2))
+
+    def _update_outputs(self, name: str):
+        """(shapes, specs) of what `_update_program` returns."""
+        group = self.groups[name]
+        if name == "vocabulary":
+            copy = _with_dtype(group.params, self.geometry.compute_dtype)
+        else:
+            copy = self._row_shape(name)
+        specs = (group.specs, group.opt_specs, self._rows_spec.get(name, VOCABULARY_SPECS))
+        return (group.params, group.opt_state, copy), specs
+
+    def _row_shape(self, name: str) -> jax.ShapeDtypeStruct:
+        placement = self.meshes.placement
+        lead = placement.stages * (placement.expert_workers if name == "expert" else 1)
+        return self.geometry.floats(lead, self.config.layers_per_stage, self.layouts.num_columns)
+
+    def _shard_map(self, group: Group, function, in_specs, out_specs, **jit_options):
+        mapped = jax.shard_map(
+            function, mesh=group.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        return jax.jit(mapped, **jit_options)
+
+    def _zero_bias(self):
+        shape = (self.config.model.num_layers, self.config.model.num_experts)
+        sharding = NamedSharding(self.meshes.union, EVERYWHERE)
+        zeros = np.zeros(shape, self.geometry.wide_dtype)
+        return jax.make_array_from_callback(shape, sharding, lambda index: zeros[index])
+
+    def _init_group(self, name: str):
+        return functools.partial(_INIT[name], self.config, self.geometry)
+
+
+def _make_groups(config: Config, meshes: Meshes, geometry: Geometry) -> dict[str, Group]:
+    per_stage = PartitionSpec(None, STAGE)
+    specs = {
+        "attention": lambda path: per_stage,
+        "expert": lambda path: (
+            per_stage if path[0].key == SHARED else PartitionSpec(None, STAGE, EXPERT)
+        ),
+        "vocabulary": lambda path: VOCABULARY_SPECS[path[0].key],
+    }
+    mesh = {"attention": meshes.attention, "expert": meshes.expert, "vocabulary": meshes.union}
+    groups = {}
+    for name in GROUPS:
+        init = functools.partial(_INIT[name], config, geometry)
+        params = jax.eval_shape(init, jax.random.key(0))
+        tree = jax.tree_util.tree_map_with_path(lambda path, _, f=specs[name]: f(path), params)
+        leading_dims = 0 if name == "vocabulary" else 2
+        optimizer = optimizer_lib.make_optimizer(config, leading_dims)
+        groups[name] = Group(mesh[name], params, tree, optimizer)
+    return groups
+
+
+def _layer_grid(config: Config):
+    """Layer index of each (row, stage), int32 [v, p]; rows past the last layer are idle."""
+    shape = (config.layers_per_stage, config.split.stages)
+    return jnp.arange(shape[0] * shape[1], dtype=jnp.int32).reshape(shape)
+
+
+def _init_attention(config: Config, geometry: Geometry, key):
+    init = functools.partial(model_lib.init_attention_layer, config.model, geometry.wide_dtype, key)
+    return jax.vmap(jax.vmap(init))(_layer_grid(config))
+
+
+def _init_expert(config: Config, geometry: Geometry, key):
+    init = functools.partial(model_lib.init_experts, config.model, geometry.wide_dtype, key)
+    over_layers = lambda ids: jax.vmap(jax.vmap(lambda layer: init(layer, ids)))  # noqa: E731
+    num_experts, num_shared = config.model.num_experts, config.model.num_shared_experts
+    params = {
+        ROUTED: over_layers(jnp.asarray(geometry.places.place_experts()))(_layer_grid(config))
+    }
+    if num_shared:
+        shared_ids = num_experts + jnp.arange(num_shared)
+        params[SHARED] = over_layers(shared_ids)(_layer_grid(config))
+    return params
+
+
+def _init_vocabulary(config: Config, geometry: Geometry, key):
+    num_devices = geometry.placement.num_devices
+    num_rows = -(-config.model.vocab_size // num_devices) * num_devices
+    return model_lib.init_vocabulary(config.model, geometry.wide_dtype, key, num_rows)
+
+
+_INIT = {"attention": _init_attention, "expert": _init_expert, "vocabulary": _init_vocabulary}
+
+
+def _pack_attention(layouts: Layouts, params, dtype):
+    """Local leaves [v, 1, ...] to rows [1, v, P]."""
+    rows = layouts.attention.pack(jax.tree.map(lambda x: x[:, 0], params), layouts.num_columns)
+    return rows[None].astype(dtype)
+
+
+def _unpack_attention(layouts: Layouts, rows):
+    return jax.tree.map(lambda x: x[:, None], layouts.attention.unpack(rows[0]))
+
+
+def _pack_expert(layouts: Layouts, params, dtype):
+    """Local leaves [v, 1, places, ...] to rows [1, v, P], shared experts after the worker's own."""
+    experts = params[ROUTED]
+    if SHARED in params:
+        join = lambda routed, shared: jnp.concatenate([routed, shared], axis=2)  # noqa: E731
+        experts = jax.tree.map(join, experts, params[SHARED])
+    layer = {ROUTED: jax.tree.map(lambda x: x[:, 0], experts)}
+    return layouts.expert.pack(layer, layouts.num_columns)[None].astype(dtype)
+
+
+def _unpack_expert(layouts: Layouts, geometry: Geometry, rows):
+    experts = jax.tree.map(lambda x: x[:, None], layouts.expert.unpack(rows[0])[ROUTED])
+    per_worker = geometry.places.per_worker
+    params = {ROUTED: jax.tree.map(lambda x: x[:, :, :per_worker], experts)}
+    if geometry.config.model.num_shared_experts:
+        params[SHARED] = jax.tree.map(lambda x: x[:, :, per_worker:], experts)
+    return params
+
+
+def _with_dtype(tree, dtype):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)

@@ -1,0 +1,228 @@
+"""The four units of work: attention and experts, forward and backward, as pure functions.
+
+A forward unit takes parameters and a message and returns the next message and what its backward
+unit needs (its stash); a backward unit takes parameters, stash and the cotangent of the message it
+sent and recomputes the rest. Integers (choices, rows, order) are made in the forward unit only: a
+fresh top-k in the backward pass may choose differently in bfloat16, and one flip would misalign
+every row after it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from disag_jax.dispatch import (
+    Cotangent,
+    Dispatch,
+    Message,
+    carries_residual,
+    dispatch_template,
+    make_message,
+    plan_dispatch,
+)
+from disag_jax.geometry import Geometry
+from disag_jax.model import POST_NORM, attention_module, expert_module
+from layers.grouped_matmul import ExpertOrder, order_by_expert
+from layers.norm import rms_norm
+from layers.router import (
+    balance_loss,
+    choice_counts,
+    choose_experts,
+    expert_capacity,
+    gates_at,
+    router_scores,
+    within_capacity,
+    z_loss,
+)
+
+
+class AttentionStash(NamedTuple):
+    """h: [T, D], the unit's input; origin: int32 [R, C] of the message it came from; dispatch."""
+
+    h: jax.Array
+    origin: jax.Array
+    dispatch: Dispatch
+
+
+class ExpertStash(NamedTuple):
+    """x: [n, D]; gate: [n, K]; residual: int32 [n], 1 on copy 0 of a token; order."""
+
+    x: jax.Array
+    gate: jax.Array
+    residual: jax.Array
+    order: ExpertOrder
+
+
+class RoutingStats(NamedTuple):
+    """What one attention unit's routing did.
+
+    Attributes:
+      counts: int32 [E], times each expert was chosen.
+      dropped: int32, pairs that capacity_factor dropped.
+      balance_loss: sum over the unit's sequences.
+      z_loss: sum over the unit's tokens.
+      rows_needed: int32, rows of the fullest slot.
+    """
+
+    counts: jax.Array
+    dropped: jax.Array
+    balance_loss: jax.Array
+    z_loss: jax.Array
+    rows_needed: jax.Array
+
+
+class AttentionUnit:
+    """combine -> attention block -> router -> dispatch."""
+
+    def __init__(self, geometry: Geometry):
+        self.geometry = geometry
+        self.module = attention_module(geometry.config.model, geometry.compute_dtype)
+
+    def stash_template(self) -> AttentionStash:
+        g = self.geometry
+        return AttentionStash(g.floats(g.T, g.D), g.ints(g.R, g.C), dispatch_template(g))
+
+    def forward(self, params, bias_E, h_TD, origin, rank):
+        """Returns (Message, AttentionStash, RoutingStats) for the combined input h."""
+        g = self.geometry
+        out_TD, logits_TE = self._block(params, h_TD)
+        scores_TE = self._scores(logits_TE)
+        with jax.named_scope("choose_experts"):
+            ids_TK = choose_experts(scores_TE, bias_E, g.K)
+            kept_TK = self._kept(ids_TK)
+        with jax.named_scope("dispatch"):
+            dispatch, rows_needed = plan_dispatch(g, ids_TK, kept_TK, rank)
+            gate_TK = self._gates(scores_TE, ids_TK)
+            message = make_message(g, out_TD, gate_TK, dispatch, rank)
+        balance, z = self._auxiliary(logits_TE, scores_TE, ids_TK)
+        stats = RoutingStats(
+            counts=jnp.sum(choice_counts(ids_TK[None], g.E), axis=0),
+            dropped=jnp.sum(kept_TK == 0, dtype=jnp.int32),
+            balance_loss=balance,
+            z_loss=z,
+            rows_needed=rows_needed.astype(jnp.int32),
+        )
+        return message, AttentionStash(h_TD, origin, dispatch), stats
+
+    def backward(self, params, stash: AttentionStash, cotangent: Cotangent, rank, aux_scales):
+        """Returns (parameter gradients, dh [T, D]).
+
+        aux_scales: factors of (balance loss sum, z-loss sum) in the training loss.
+        """
+        g = self.geometry
+
+        def outputs(params, h_TD):
+            out_TD, logits_TE = self._block(params, h_TD)
+            scores_TE = self._scores(logits_TE)
+            gate_TK = self._gates(scores_TE, stash.dispatch.ids)
+            message = make_message(g, out_TD, gate_TK, stash.dispatch, rank)
+            balance, z = self._auxiliary(logits_TE, scores_TE, stash.dispatch.ids)
+            auxiliary = aux_scales[0] * balance + aux_scales[1] * z
+            return Cotangent(message.x, message.gate), auxiliary
+
+        _, vjp = jax.vjp(outputs, params, stash.h)
+        return vjp((cotangent, jnp.ones((), g.wide_dtype)))
+
+    def _block(self, params, h_TD):
+        """Attention with its residual, and the router's logits."""
+        g = self.geometry
+        layer = self.module.merge(params)
+        with jax.named_scope("attention_block"):
+            x_BSD = layer.attention_norm(h_TD).reshape(-1, g.S, g.D)
+            h_TD = h_TD + layer.attention(x_BSD).reshape(g.T, g.D)
+        with jax.named_scope("router"):
+            return h_TD, layer.router(layer.post_norm(h_TD))
+
+    def _scores(self, logits_TE):
+        return router_scores(logits_TE, self.geometry.config.model.router_score.value)
+
+    def _gates(self, scores_TE, ids_TK):
+        model = self.geometry.config.model
+        return gates_at(scores_TE, ids_TK, normalize=model.normalize_gates, scale=model.gate_scale)
+
+    def _kept(self, ids_TK):
+        """Pairs within the model's capacity, int32 [T, K]."""
+        g, factor = self.geometry, self.geometry.config.model.capacity_factor
+        if factor is None:
+            return jnp.ones_like(ids_TK)
+        capacity = expert_capacity(factor, g.S, g.K, g.E)
+        kept = within_capacity(ids_TK.reshape(-1, g.S, g.K), g.E, capacity)
+        return kept.reshape(g.T, g.K).astype(jnp.int32)
+
+    def _auxiliary(self, logits_TE, scores_TE, ids_TK):
+        """(sum over sequences of the balance loss, sum over tokens of the z-loss)."""
+        g = self.geometry
+        counts_BE = choice_counts(ids_TK.reshape(-1, g.S, g.K), g.E)
+        scores_BSE = scores_TE.reshape(-1, g.S, g.E)
+        return jnp.sum(balance_loss(scores_BSE, counts_BE, g.K)), jnp.sum(z_loss(logits_TE))
+
+
+class ExpertUnit:
+    """norm -> sort rows by expert -> grouped SwiGLU -> weighted sum per row, plus the residual.
+
+    Its parameters are the expert layer's and, borrowed from the attention side, `post_norm`. Every
+    worker holds the shared experts after its own; a token visits them, with gate 1, on the worker
+    of its first choice.
+    """
+
+    def __init__(self, geometry: Geometry):
+        self.geometry = geometry
+        self.module = expert_module(
+            geometry.config.model, geometry.places.per_worker, geometry.compute_dtype
+        )
+        self.num_shared = geometry.config.model.num_shared_experts
+
+    def stash_template(self) -> ExpertStash:
+        g = self.geometry
+        n = g.M * g.C
+        order = ExpertOrder(g.ints(g.P), g.ints(n, g.K + self.num_shared), g.ints(g.P // g.tile))
+        return ExpertStash(g.floats(n, g.D), g.wides(n, g.K), g.ints(n), order)
+
+    def forward(self, params, message: Message):
+        """Returns (Message [M, C] of finished shares, ExpertStash, sorted rows needed)."""
+        g = self.geometry
+        residual = carries_residual(message.origin.reshape(-1), g.F)
+        with jax.named_scope("order_by_expert"):
+            order, needed = order_by_expert(
+                self._with_shared(message.expert_id.reshape(-1, g.K), residual),
+                g.places.per_worker + self.num_shared,
+                g.P,
+                g.tile,
+            )
+        stash = ExpertStash(
+            x=message.x.reshape(-1, g.D),
+            gate=message.gate.reshape(-1, g.K),
+            residual=residual.astype(jnp.int32),
+            order=order,
+        )
+        y = self._experts(params, stash.x, stash.gate, stash)
+        return message._replace(x=y.reshape(message.x.shape)), stash, needed.astype(jnp.int32)
+
+    def backward(self, params, stash: ExpertStash, dy):
+        """Returns (parameter gradients, Cotangent [M, C]) for dy [M, C, D]."""
+        g = self.geometry
+        _, vjp = jax.vjp(
+            lambda params, x, gate: self._experts(params, x, gate, stash),
+            params,
+            stash.x,
+            stash.gate,
+        )
+        dparams, dx, dgate = vjp(dy.reshape(-1, g.D))
+        return dparams, Cotangent(dx.reshape(g.M, g.C, g.D), dgate.reshape(g.M, g.C, g.K))
+
+    def _with_shared(self, expert_id_nK, residual_n):
+        """Adds the shared experts to the choices of each token's copy 0."""
+        first = self.geometry.places.per_worker
+        shared = first + jnp.arange(self.num_shared, dtype=jnp.int32)
+        shared_id = jnp.where(residual_n[:, None], shared, -1)
+        return jnp.concatenate([expert_id_nK, shared_id], axis=1)
+
+    def _experts(self, params, x_nD, gate_nK, stash: ExpertStash):
+        params = dict(params)
+        scale = params.pop(POST_NORM)["scale"]
+        layer = self.module.merge(params)
+        normed_nD = rms_norm(x_nD, scale, self.geometry.config.model.norm_eps)
+        gate = jnp.pad(gate_nK, ((0, 0), (0, self.num_shared)), constant_values=1)
+        y_nD = layer.experts(normed_nD, gate, stash.order)
+        return y_nD + jnp.where(stash.residual[:, None] > 0, x_nD, 0)

@@ -1,0 +1,53 @@
+"""SwiGLU experts over expert-sorted rows.
+
+Legend: n rows, K choices per row, P sorted rows, E experts held here, D model width,
+F expert width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.grouped_matmul import ExpertOrder, grouped_matmul
+from layers.permute import gather_sum, spread
+
+
+class Experts(nnx.Module):
+    """A set of SwiGLU experts; each is initialised from its own id, whoever holds it."""
+
+    def __init__(
+        self, expert_ids, *, d_model, expert_width, init_std, out_init_std, dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        key = rngs.params()
+
+        def weights(salt, std, shape):
+            init = nnx.initializers.normal(std)
+            salted = jax.random.fold_in(key, salt)
+            one = lambda expert: init(jax.random.fold_in(salted, expert), shape, dtype)  # noqa: E731
+            return nnx.Param(jax.vmap(one)(expert_ids))
+
+        self.gate = weights(0, init_std, (d_model, expert_width))
+        self.up = weights(1, init_std, (d_model, expert_width))
+        self.down = weights(2, out_init_std, (expert_width, d_model))
+
+    def __call__(self, x_nD, gate_nK, order: ExpertOrder):
+        """Returns [n, D]: the gated sum of each row's experts, zeros for a row without any."""
+        top_k = gate_nK.shape[1]
+        row = jnp.where(order.pair >= 0, order.pair // top_k, -1)
+        with jax.named_scope("sort_rows"):
+            x_PD = spread(x_nD, row, order.position)
+            gate_P1 = spread(gate_nK.reshape(-1, 1), order.pair, order.position.reshape(-1, 1))
+        with jax.named_scope("gate_up"):
+            gated_PF = grouped_matmul(x_PD, self.gate[...], order.tile_expert)
+            up_PF = grouped_matmul(x_PD, self.up[...], order.tile_expert)
+        with jax.named_scope("swiglu"):
+            # The gate is applied before `down`, so its gradient needs no output of the experts.
+            # Source: Megatron-Core's memory-efficient permutation.
+            wide = gate_P1.dtype
+            hidden_PF = jax.nn.silu(gated_PF.astype(wide)) * up_PF.astype(wide) * gate_P1
+            hidden_PF = hidden_PF.astype(x_nD.dtype)
+        with jax.named_scope("down"):
+            y_PD = grouped_matmul(hidden_PF, self.down[...], order.tile_expert)
+        with jax.named_scope("sum_experts"):
+            return gather_sum(y_PD, order.position, row)

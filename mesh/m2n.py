@@ -1,0 +1,83 @@
+"""Many-to-many transfers between the attention and the expert workers of a pipeline.
+
+A message is R = max(M, N) slots. In slot r, attention rank i talks to expert rank (i + r) mod R, so
+a transfer is R rounds, each one `lax.ppermute` in which every worker is a source at most once and a
+target at most once. A round carries attention(g, i) -> expert(g, j) together with expert(g, j) ->
+attention(g + 1, i): both directions share the operation and links run full duplex. R rounds are the
+minimum, by edge colouring. A missing partner (M != N) is not in the pairs and its slot arrives as
+zeros, which reads as empty.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from mesh.placement import WORKER, Placement
+from mesh.roles import Role
+
+
+def forward_pairs(placement: Placement) -> list[list[tuple[int, int]]]:
+    """The (source, target) workers of each of the R rounds of a forward transfer."""
+    rounds = []
+    for r in range(placement.rounds):
+        pairs = []
+        for stage in range(placement.stages):
+            next_stage = (stage + 1) % placement.stages
+            for i in range(placement.attention_workers):
+                j = (i + r) % placement.rounds
+                if j >= placement.expert_workers:
+                    continue
+                expert = placement.worker(stage, Role.EXPERT, j)
+                pairs.append((placement.worker(stage, Role.ATTENTION, i), expert))
+                pairs.append((expert, placement.worker(next_stage, Role.ATTENTION, i)))
+        rounds.append(pairs)
+    return rounds
+
+
+class RingTransport:
+    """Flat transport: every pair of workers exchanges its slot directly.
+
+    The interface that a transport offers to the pipeline: `send_forward` and `send_backward` take
+    and return words [R, num_words], and must run outside any conditional whose predicate differs
+    between devices (there a ppermute deadlocks).
+    """
+
+    def __init__(self, placement: Placement):
+        self._forward = forward_pairs(placement)
+        self._backward = [[(b, a) for a, b in pairs] for pairs in self._forward]
+
+    def send_forward(self, words):
+        """Sends each slot along the layer order: attention to expert, expert to next attention."""
+        return _exchange(words, self._forward)
+
+    def send_backward(self, words):
+        """Sends each slot against the layer order."""
+        return _exchange(words, self._backward)
+
+
+def _exchange(words, rounds):
+    received = [lax.ppermute(words[r], WORKER, pairs) for r, pairs in enumerate(rounds)]
+    return jnp.stack(received)
+
+
+def pick_slots(words, rank, num_senders: int):
+    """An expert worker's slots that have a sender, in slot order: [R, ...] -> [M, ...].
+
+    `rank` (traced) is the expert rank; slot r comes from attention rank (rank - r) mod R.
+    """
+    rounds = words.shape[0]
+    if num_senders == rounds:
+        return words
+    return words[_sender_slots(rank, num_senders, rounds)]
+
+
+def place_slots(words, rank, rounds: int):
+    """The inverse of `pick_slots`: [M, ...] -> [R, ...], zeros in slots without a sender."""
+    num_senders = words.shape[0]
+    if num_senders == rounds:
+        return words
+    slots = _sender_slots(rank, num_senders, rounds)
+    return jnp.zeros((rounds, *words.shape[1:]), words.dtype).at[slots].set(words)
+
+
+def _sender_slots(rank, num_senders: int, rounds: int):
+    return (rank - jnp.arange(num_senders)) % rounds
