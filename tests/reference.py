@@ -50,9 +50,6 @@ class LayerStats(NamedTuple):
     dropped: jax.Array
 
 
-# --- Parameters
-
-
 def init(config: Config, key: jax.Array) -> dict:
     """Returns random parameters as the logical tree, in JAX's default float type."""
     m = config.model
@@ -104,9 +101,6 @@ def init(config: Config, key: jax.Array) -> dict:
 def init_router_bias(config: Config) -> jax.Array:
     """Returns the selection bias [L, E] that training starts from."""
     return jnp.zeros((config.model.num_layers, config.model.num_experts))
-
-
-# --- One sequence
 
 
 def rms_norm(x_SD, scale_D, eps: float):
@@ -233,9 +227,6 @@ def token_losses(config: Config, params: dict, router_bias, sequence):
     return nll_S, stats
 
 
-# --- The global batch
-
-
 def loss(config: Config, params: dict, router_bias, sequences):
     """The loss of one optimizer step.
 
@@ -279,9 +270,6 @@ def loss_and_grads(config: Config, params: dict, router_bias, sequences):
     return jax.value_and_grad(loss_of, has_aux=True)(params)
 
 
-# --- The trainer
-
-
 def learning_rate(config: Config) -> optax.Schedule:
     """Returns the schedule over the 0-based step."""
     return optax.warmup_cosine_decay_schedule(
@@ -294,7 +282,7 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def decayed(params: dict) -> dict:
-    """Returns True for the leaves that weight decay shrinks: matrices of a layer, not its norms."""
+    """Returns True for the leaves that weight decay shrinks: two or more dims within a layer."""
     layer_axes = {"attention": 1, "expert": 1, "vocabulary": 0}
     return {
         part: jax.tree.map(lambda leaf, axes=layer_axes[part]: leaf.ndim - axes >= 2, tree)

@@ -78,9 +78,6 @@ def jitted(function, config: Config):
     return jax.jit(functools.partial(function, config))
 
 
-# --- The Mixture-of-Experts layer
-
-
 def brute_force_experts(model, kernel_DE, weights, bias_E, x_SD):
     """One token and one expert at a time. Returns y [S, D], choices [S][k] and dropped pairs."""
     weights = jax.tree.map(np.asarray, weights)
@@ -176,9 +173,6 @@ def test_normalized_gate_of_top_1_is_constant():
     np.testing.assert_allclose(gates(random_logits()), 0.0, atol=1e-15)
 
 
-# --- The router losses
-
-
 @pytest.mark.parametrize("score", RouterScore)
 def test_router_losses_of_uniform_scores(score):
     stats = stats_of(make_config(router_score=score).model, jnp.zeros((S, 5)))
@@ -212,9 +206,6 @@ def test_losses_are_means_over_sequences_and_total_weighs_the_parts():
     assert np.all(aux["expert_counts"].sum(axis=1) == 3 * S * config.model.top_k)
     expected = aux["cross_entropy"] + 0.3 * aux["balance_loss"] + 0.2 * aux["z_loss"]
     np.testing.assert_allclose(total, expected, **CLOSE)
-
-
-# --- Attention
 
 
 def test_rope_is_a_rotation_of_the_halves():
@@ -269,9 +260,6 @@ def test_grouped_queries_equal_repeated_key_value_heads():
     np.testing.assert_allclose(grouped_SD, expected_SD, **CLOSE)
 
 
-# --- The whole model
-
-
 def test_a_later_token_does_not_change_earlier_losses():
     config = make_config(capacity_factor=0.6, num_shared_experts=1)
     params, bias, sequences = make_inputs(config)
@@ -313,9 +301,6 @@ def test_gradients_match_finite_differences(variant):
             difference = (totals[0] - totals[1]) / 2e-5
             np.testing.assert_allclose(grad[entry], difference, rtol=1e-6, atol=1e-9)
         assert np.abs(grad[largest]) > 1e-5, "a trivial gradient tests nothing"
-
-
-# --- The trainer
 
 
 def test_optimizer_is_clipped_adamw_with_decay_of_matrices_alone():
