@@ -33,6 +33,9 @@ from mesh.views import role_views, union_view
 ROUTED, SHARED = "experts", "shared_experts"
 GROUPS = ("attention", "expert", "vocabulary")
 
+# Random numbers take LLVM ten times longer to optimise than to draw once.
+RUN_ONCE = {"xla_backend_optimization_level": 0}
+
 
 @dataclasses.dataclass
 class TrainState:
@@ -115,7 +118,11 @@ class StateManager:
         """Fresh state; parameters depend on the seed and the model alone, not on the split."""
         params, opt_state = {}, {}
         for name, group in self.groups.items():
-            make = jax.jit(self._init_group(name), out_shardings=group.shardings(group.specs))
+            make = jax.jit(
+                self._init_group(name),
+                out_shardings=group.shardings(group.specs),
+                compiler_options=RUN_ONCE,
+            )
             params[name] = group.run(make, group.params, group.specs, jax.random.key(seed))
             start = jax.jit(group.optimizer.init, out_shardings=group.shardings(group.opt_specs))
             opt_state[name] = group.run(start, group.opt_state, group.opt_specs, params[name])

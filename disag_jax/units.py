@@ -97,7 +97,7 @@ class AttentionUnit:
             message = make_message(g, out_TD, gate_TK, dispatch, rank)
         balance, z = self._auxiliary(logits_TE, scores_TE, ids_TK)
         stats = RoutingStats(
-            counts=jnp.sum(choice_counts(ids_TK[None], g.E), axis=0),
+            counts=choice_counts(ids_TK[None], g.E)[0],
             dropped=jnp.sum(kept_TK == 0, dtype=jnp.int32),
             balance_loss=balance,
             z_loss=z,

@@ -4,7 +4,7 @@ Slow and obvious on purpose: every expert computes every token, and the gate mat
 token did not choose the expert. It shares nothing with the system but the configuration.
 
 Shapes: L layers, S tokens of one sequence, D d_model, H query heads, G key/value heads, A head_dim,
-E experts, F expert width (of the shared expert: num_shared_experts * expert_width), V vocabulary,
+E experts, F expert width, V vocabulary,
 B sequences of the global batch.
 
 Every function is pure and may be compiled with the configuration closed over:
@@ -84,11 +84,11 @@ def init(config: Config, key: jax.Array) -> dict:
         }
     }
     if m.num_shared_experts > 0:
-        shared_F = m.num_shared_experts * F
-        expert["shared_expert"] = {
-            "gate": weight(L, D, shared_F, fan_in=D),
-            "up": weight(L, D, shared_F, fan_in=D),
-            "down": weight(L, shared_F, D, fan_in=shared_F),
+        shared_E = m.num_shared_experts
+        expert["shared_experts"] = {
+            "gate": weight(L, shared_E, D, F, fan_in=D),
+            "up": weight(L, shared_E, D, F, fan_in=D),
+            "down": weight(L, shared_E, F, D, fan_in=F),
         }
     vocabulary = {
         "embedding": weight(V, D, fan_in=1),
@@ -168,7 +168,7 @@ def swiglu(gate_DF, up_DF, down_FD, x_SD):
 
 
 def experts(weights: dict, routing: Routing, x_SD):
-    """Returns the gated sum of the routed experts and of the shared expert, [S, D]."""
+    """Returns the gated sum of the routed experts and the sum of the shared ones, [S, D]."""
     routed = weights["experts"]
     # Every expert for every token, experts along the leading axis.
     out_ESD = jax.vmap(swiglu, in_axes=(0, 0, 0, None))(
@@ -176,9 +176,13 @@ def experts(weights: dict, routing: Routing, x_SD):
     )
     kept_gates_SE = jnp.where(routing.kept, routing.gates, 0.0)
     y_SD = jnp.einsum("se,esd->sd", kept_gates_SE, out_ESD)
-    if "shared_expert" in weights:
-        shared = weights["shared_expert"]
-        y_SD += swiglu(shared["gate"], shared["up"], shared["down"], x_SD)
+    if "shared_experts" in weights:
+        # A shared expert is one that every token visits, with gate 1.
+        shared = weights["shared_experts"]
+        out_ESD = jax.vmap(swiglu, in_axes=(0, 0, 0, None))(
+            shared["gate"], shared["up"], shared["down"], x_SD
+        )
+        y_SD += jnp.sum(out_ESD, axis=0)
     return y_SD
 
 

@@ -103,7 +103,9 @@ def brute_force_experts(model, kernel_DE, weights, bias_E, x_SD):
             matrices = [weights["experts"][name][e] for name in ("gate", "up", "down")]
             y += model.gate_scale * scores[e] / total * brute_force_swiglu(*matrices, x)
         if model.num_shared_experts > 0:
-            y += brute_force_swiglu(**weights["shared_expert"], x=x)
+            shared = weights["shared_experts"]
+            for e in range(model.num_shared_experts):
+                y += brute_force_swiglu(**{n: w[e] for n, w in shared.items()}, x=x)
         outputs.append(y)
         choices.append(chosen)
     return np.stack(outputs), choices, dropped

@@ -1,0 +1,122 @@
+"""Small configs, and the bridge between the oracle's logical tree and the system's state."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from disag_jax.config import (
+    BatchConfig,
+    Config,
+    Dtype,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SplitConfig,
+)
+from disag_jax.geometry import placement_of
+from disag_jax.logical import state_maps
+from disag_jax.state import GROUPS, TrainState
+from disag_jax.step import Stepper
+from mesh.placement import Meshes
+from mesh.views import role_views
+from tests import reference
+
+MODEL = ModelConfig(
+    vocab_size=43,
+    num_layers=2,
+    d_model=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    num_experts=6,
+    top_k=2,
+    expert_width=12,
+    balance_loss_weight=0.3,
+    z_loss_weight=0.02,
+)
+BATCH = BatchConfig(sequence_length=8, tokens_per_worker=16, micro_batches=3)
+
+
+def small_config(split: SplitConfig, micro_batches: int = 3, **model) -> Config:
+    """A float64 config with everything small and every loss on."""
+    return Config(
+        model=dataclasses.replace(MODEL, **model),
+        split=split,
+        batch=dataclasses.replace(BATCH, micro_batches=micro_batches),
+        optimizer=OptimizerConfig(warmup_steps=3, peak_learning_rate=3e-3, max_grad_norm=0.5),
+        run=RunConfig(num_steps=20, compute_dtype=Dtype.FLOAT64, loss_chunk=8),
+    ).validate()
+
+
+def make_stepper(config: Config) -> Stepper:
+    placement = placement_of(config)
+    return Stepper(config, Meshes.make(placement, jax.devices()[: placement.num_devices]))
+
+
+def random_sequences(config: Config, seed: int = 1) -> np.ndarray:
+    """A global batch, int32 [G, S + 1]."""
+    shape = (config.sequences_per_step, config.batch.sequence_length + 1)
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
+
+
+def oracle_params(config: Config) -> dict:
+    return reference.init(config, jax.random.key(7))
+
+
+def place_state(stepper: Stepper, params: dict, router_bias) -> TrainState:
+    """Training state with the oracle's parameters and fresh optimizer state."""
+    manager = stepper.manager
+    maps = state_maps(manager)["params"]
+    placed, opt_state = {}, {}
+    for name in GROUPS:
+        group = manager.groups[name]
+        physical = jax.tree.map(lambda m, x: m.to_physical(np.asarray(x)), maps[name], params[name])
+        placed[name] = jax.device_put(physical, group.shardings(group.specs))
+        init = jax.jit(group.optimizer.init, out_shardings=group.shardings(group.opt_specs))
+        opt_state[name] = init(placed[name])
+    bias = jax.device_put(
+        np.asarray(router_bias), NamedSharding(stepper.meshes.union, jax.sharding.PartitionSpec())
+    )
+    return manager.with_compute_copies(0, placed, opt_state, bias)
+
+
+def logical_params(stepper: Stepper, params: dict) -> dict:
+    """Physical parameter (or gradient) trees by group, as the oracle's logical tree."""
+    maps = state_maps(stepper.manager)["params"]
+    return {
+        name: jax.tree.map(lambda m, x: m.to_logical(np.asarray(x)), maps[name], params[name])
+        for name in GROUPS
+    }
+
+
+def logical_gradients(stepper: Stepper, row_grads, vocabulary_grads) -> dict:
+    """The pipeline's gradients as the oracle's logical tree."""
+    manager = stepper.manager
+    views = dict(zip(("attention", "expert"), role_views(stepper.meshes, row_grads), strict=True))
+    trees = {"vocabulary": vocabulary_grads}
+    for name, rows in views.items():
+        group = manager.groups[name]
+        unpack = manager._shard_map(
+            group, manager._unpack[name], (manager._rows_spec[name],), group.specs
+        )
+        trees[name] = unpack(rows)
+    return logical_params(stepper, trees)
+
+
+def run_pipeline(stepper: Stepper, state: TrainState, sequences):
+    """(loss metrics, logical gradients, next router bias) of one step, without an update."""
+    program = stepper.gradient_program(stepper.chooser.current)
+    batch = stepper.place_batch(sequences)
+    rows, vocabulary, bias, metrics = program(
+        state.rows, state.vocabulary, state.router_bias, batch
+    )
+    return jax.device_get(metrics), logical_gradients(stepper, rows, vocabulary), bias
+
+
+def relative_error(actual, expected) -> float:
+    """Norm of the difference over the norm of the expected array."""
+    difference = np.linalg.norm(np.asarray(actual) - np.asarray(expected))
+    return float(difference / max(np.linalg.norm(expected), 1e-30))
