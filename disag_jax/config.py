@@ -7,6 +7,9 @@ values are properties and `Config.validate` runs once after parsing.
 
 import dataclasses
 import enum
+import functools
+import math
+import numbers
 
 
 class ConfigError(ValueError):
@@ -205,8 +208,9 @@ class Config:
 
     def validate(self) -> "Config":
         """Returns itself, or raises ConfigError for the first broken rule."""
+        self._check_types()
         self._check_ranges()
-        model, batch, split = self.model, self.batch, self.split
+        model, batch, split, optimizer = self.model, self.batch, self.split, self.optimizer
         _require(
             model.top_k <= model.num_experts,
             "model.top_k",
@@ -238,7 +242,24 @@ class Config:
             split.stages,
             f"at most model.num_layers ({model.num_layers}), so that each holds a layer",
         )
+        _require(
+            optimizer.final_learning_rate <= optimizer.peak_learning_rate,
+            "optimizer.final_learning_rate",
+            optimizer.final_learning_rate,
+            f"at most optimizer.peak_learning_rate ({optimizer.peak_learning_rate})",
+        )
         return self
+
+    def _check_types(self):
+        """Checks every field's type; NaN and infinity are no numbers here."""
+        for section in dataclasses.fields(self):
+            values = getattr(self, section.name)
+            if not dataclasses.is_dataclass(values):
+                continue
+            for field in dataclasses.fields(values):
+                value = getattr(values, field.name)
+                holds, rule = _type_rule(field.type)
+                _require(holds(value), f"{section.name}.{field.name}", value, rule)
 
     def _check_ranges(self):
         """Checks every field that is limited by itself alone."""
@@ -254,20 +275,19 @@ class Config:
         if factor is not None:
             _require(factor > 0, "model.capacity_factor", factor, "greater than 0, or None")
         _require(self.split.hop in (1, 2), "split.hop", self.split.hop, "1 or 2")
-        for value in self.split.bucket_factors:
-            _require(
-                isinstance(value, (int, float)) and value >= 1,
-                "split.bucket_factors",
-                self.split.bucket_factors,
-                "numbers of at least 1",
-            )
-        for path in self.data.paths:
-            _require(isinstance(path, str), "data.paths", path, "a tuple of strings")
+        _require(
+            all(factor >= 1 for factor in self.split.bucket_factors),
+            "split.bucket_factors",
+            self.split.bucket_factors,
+            "numbers of at least 1",
+        )
         fraction = self.data.held_out_fraction
         _require(0 < fraction < 1, "data.held_out_fraction", fraction, "between 0 and 1")
         for name in ("b1", "b2"):
             value = getattr(self.optimizer, name)
             _require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
+        # JAX drops the bits of a larger seed without a word.
+        _require(self.run.seed < 2**32, "run.seed", self.run.seed, "below 2**32")
 
 
 _POSITIVE = {
@@ -291,3 +311,37 @@ _NOT_NEGATIVE = {
 def _require(holds: bool, field: str, value, rule: str):
     if not holds:
         raise ConfigError(f"{field} = {value!r} must be {rule}")
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value) -> bool:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _is_tuple_of(holds, value) -> bool:
+    return isinstance(value, tuple) and all(holds(item) for item in value)
+
+
+_TYPES = {
+    int: (_is_whole, "a whole number"),
+    float: (_is_finite, "a finite number"),
+    bool: (lambda value: isinstance(value, bool), "True or False"),
+    float | None: (lambda value: value is None or _is_finite(value), "a finite number, or None"),
+    tuple[float, ...]: (functools.partial(_is_tuple_of, _is_finite), "a tuple of finite numbers"),
+    tuple[str, ...]: (
+        functools.partial(_is_tuple_of, lambda item: isinstance(item, str)),
+        "a tuple of strings",
+    ),
+}
+
+
+def _type_rule(kind):
+    """(test of a value, its rule in words) for a field's type."""
+    if kind in _TYPES:
+        return _TYPES[kind]
+    members = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
+    return (lambda value: isinstance(value, kind)), f"one of {members}"

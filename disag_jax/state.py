@@ -26,7 +26,7 @@ from disag_jax import optimizer as optimizer_lib
 from disag_jax.config import Config
 from disag_jax.geometry import Geometry, make_geometry
 from disag_jax.phases import Layouts
-from disag_jax.pipeline import EVERYWHERE, VOCABULARY_SPECS
+from disag_jax.pipeline import EVERYWHERE, PER_WORKER, VOCABULARY_SPECS
 from mesh.placement import EXPERT, STAGE, Meshes
 from mesh.views import role_views, union_view
 
@@ -73,6 +73,14 @@ class Group:
 
     def shardings(self, specs):
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+    def abstract(self, tree, specs):
+        """A tree of ShapeDtypeStructs with the shardings of `specs` on this group's mesh."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            tree,
+            self.shardings(specs),
+        )
 
     @property
     def is_here(self) -> bool:
@@ -152,6 +160,45 @@ class StateManager:
             vocabulary=cast(params["vocabulary"]),
         )
 
+    def abstract_state(self) -> TrainState:
+        """The state as ShapeDtypeStructs with shardings: nothing is allocated."""
+        params, opt_state = {}, {}
+        for name, group in self.groups.items():
+            params[name] = group.abstract(group.params, group.specs)
+            opt_state[name] = group.abstract(group.opt_state, group.opt_specs)
+        vocabulary, model = self.groups["vocabulary"], self.config.model
+        copies = _with_dtype(vocabulary.params, self.geometry.compute_dtype)
+        return TrainState(
+            step=0,
+            params=params,
+            opt_state=opt_state,
+            router_bias=self._on_union(
+                self.geometry.wides(model.num_layers, model.num_experts), EVERYWHERE
+            ),
+            rows=self._on_union(
+                self.geometry.floats(
+                    self.meshes.placement.num_devices,
+                    self.config.layers_per_stage,
+                    self.layouts.num_columns,
+                ),
+                PER_WORKER,
+            ),
+            vocabulary=vocabulary.abstract(copies, VOCABULARY_SPECS),
+        )
+
+    def lower_updates(self) -> dict[str, jax.stages.Lowered]:
+        """The update program of each group, traced for the state's shapes but not compiled."""
+        state, wide = self.abstract_state(), self.geometry.wide_dtype
+        scalars = (jax.ShapeDtypeStruct((), wide),) * 2
+        lowered = {}
+        for name, group in self.groups.items():
+            (_, _, copies), (_, _, copy_specs) = self._update_outputs(name)
+            grads = group.abstract(_with_dtype(copies, wide), copy_specs)
+            lowered[name] = self._updates[name].lower(
+                state.params[name], state.opt_state[name], grads, *scalars
+            )
+        return lowered
+
     def update(
         self, state: TrainState, row_grads, vocabulary_grads, router_bias, factor, rate
     ) -> TrainState:
@@ -219,6 +266,10 @@ class StateManager:
             function, mesh=group.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
         return jax.jit(mapped, **jit_options)
+
+    def _on_union(self, leaf: jax.ShapeDtypeStruct, spec) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(self.meshes.union, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def _zero_bias(self):
         shape = (self.config.model.num_layers, self.config.model.num_experts)

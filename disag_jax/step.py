@@ -135,6 +135,25 @@ class Stepper:
             shard,
         )
 
+    def abstract_arguments(self) -> tuple:
+        """Arguments of `gradient_program` as ShapeDtypeStructs with shardings.
+
+        `stepper.gradient_program(bucket).lower(*stepper.abstract_arguments())` traces the training
+        step of a model that no machine here could hold.
+        """
+        state, batch = self.manager.abstract_state(), self.config.batch
+        batch = jax.ShapeDtypeStruct(
+            (
+                self.meshes.placement.num_devices,
+                batch.micro_batches,
+                batch.sequences_per_worker,
+                batch.sequence_length + 1,
+            ),
+            np.int32,
+            sharding=NamedSharding(self.meshes.union, PER_WORKER),
+        )
+        return state.rows, state.vocabulary, state.router_bias, batch
+
     def gradient_program(self, bucket: Bucket):
         """The jitted training pipeline for a bucket, compiled at its first call."""
         if bucket not in self._gradient_programs:

@@ -1,0 +1,63 @@
+"""What all commands share: flags, the config file, and mistakes told in one sentence."""
+
+import dataclasses
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from disag_jax.config import Config, ConfigError
+
+USER_ERROR = 2
+
+
+def define_config_flag():
+    """The `--config` flag: a Python file with `get_config()`, and overrides of its fields."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "experiment, for example configs/tiny.py"
+    )
+
+
+def run(main):
+    """Runs `main()` after parsing flags; a user's mistake ends it with one sentence and code 2."""
+
+    def guarded(argv):
+        if len(argv) > 1:
+            _fail(f"argument {argv[1]!r} must be a flag, such as --config=configs/tiny.py")
+        try:
+            main()
+        except ConfigError as error:
+            _fail(str(error))
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv):
+    """Parses flags; errors of the config file's overrides come as several exception types."""
+    _refuse_unknown_fields(argv)
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(str(error))
+    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        _fail(str(error.args[0]) if error.args else repr(error))
+
+
+def _refuse_unknown_fields(argv):
+    """Names the fields there are, which the flag library does not."""
+    for argument in argv:
+        path, _, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") or not path.startswith("config."):
+            continue
+        section = Config
+        for name in path.split(".")[1:]:
+            fields = {field.name: field.type for field in dataclasses.fields(section)}
+            if name not in fields:
+                known = ", ".join(fields)
+                _fail(f"{path} = {value!r} must be a field of {section.__name__}: {known}")
+            section = fields[name]
+
+
+def _fail(sentence: str):
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(USER_ERROR)

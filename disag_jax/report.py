@@ -1,0 +1,173 @@
+"""What a run says of itself: the start-up report and evaluation results, as text."""
+
+import math
+
+import jax
+import numpy as np
+
+from disag_jax.config import Config
+from disag_jax.logical import LeafMap, state_maps
+from disag_jax.phases import Phases
+from disag_jax.state import GROUPS, StateManager
+from disag_jax.step import Stepper
+from mesh.roles import Role
+
+
+def start_up(stepper: Stepper, data: str) -> str:
+    """The split, the parameters and bytes of each role, the batch and the schedule."""
+    config = stepper.config
+    sections = [
+        f"{config.name}: {config.run.num_steps} steps, {config.run.compute_dtype.value}",
+        f"data      {data}",
+        *_split(stepper),
+        *_parameters(stepper),
+        *_memory(stepper),
+        *_batch(config),
+        *_schedule(stepper),
+    ]
+    return "\n".join(sections)
+
+
+def evaluation(result: dict) -> str:
+    """One line: the model's held-out loss beside the baseline's."""
+    loss, baseline = result["held_out_loss"], result["bigram_loss"]
+    verdict = "below" if loss < baseline else "not below"
+    return (
+        f"step {result['step']:>5}  held-out loss {loss:.4f} nats "
+        f"({loss / math.log(2):.3f} bits) per token, {verdict} the bigram model's {baseline:.4f}"
+    )
+
+
+def parameter_counts(manager: StateManager) -> dict[str, int]:
+    """Parameters of the model by group; padding does not count."""
+    maps = state_maps(manager)["params"]
+    is_map = lambda leaf: isinstance(leaf, LeafMap)  # noqa: E731
+    return {
+        name: sum(
+            math.prod(leaf.logical_shape) for leaf in jax.tree.leaves(maps[name], is_leaf=is_map)
+        )
+        for name in GROUPS
+    }
+
+
+def _split(stepper: Stepper) -> list[str]:
+    placement, places = stepper.meshes.placement, stepper.manager.geometry.places
+    lines = [
+        f"split     {placement.replicas} replicas x {placement.stages} stages x "
+        f"({placement.attention_workers} attention + {placement.expert_workers} expert workers) "
+        f"= {placement.num_devices} devices, hop {stepper.schedule.hop}"
+    ]
+    for replica, devices in enumerate(stepper.meshes.union.devices):
+        for stage in range(placement.stages):
+            names = {role: [] for role in Role}
+            for worker, device in enumerate(devices):
+                of_stage, role, rank = placement.describe(worker)
+                if of_stage != stage:
+                    continue
+                held = ""
+                if role is Role.EXPERT:
+                    share = places.share(rank)
+                    held = f" (experts {share.start}-{share.stop - 1})"
+                names[role].append(f"{device}{held}")
+            layers = list(range(stage, stepper.config.model.num_layers, placement.stages))
+            lines.append(
+                f"          replica {replica} stage {stage}, layers {_ranges(layers)}: "
+                f"attention {', '.join(names[Role.ATTENTION])}; "
+                f"experts {', '.join(names[Role.EXPERT])}"
+            )
+    return lines
+
+
+def _parameters(stepper: Stepper) -> list[str]:
+    counts = parameter_counts(stepper.manager)
+    model = stepper.config.model
+    routed = model.num_layers * model.num_experts * 3 * model.d_model * model.expert_width
+    active = sum(counts.values()) - routed * (1 - model.top_k / model.num_experts)
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return [f"model     {sum(counts.values()):,} parameters ({active:,.0f} per token): {parts}"]
+
+
+def _memory(stepper: Stepper) -> list[str]:
+    """Bytes that each worker holds for the whole run, by role and use."""
+    manager, config = stepper.manager, stepper.config
+    phases = Phases(manager.geometry, stepper.schedule)
+    compute = manager.geometry.compute_dtype.itemsize
+    wide = np.dtype(manager.geometry.wide_dtype).itemsize
+    rows = config.layers_per_stage * manager.layouts.num_columns
+    vocabulary = 2 * config.model.vocab_size * config.model.d_model
+    boxes = 2 * (phases.message.num_words + phases.cotangent.num_words) * manager.geometry.R
+    shared = {
+        "weights": (rows + vocabulary) * compute,
+        "gradients": (rows + vocabulary) * wide,
+        "stash": phases.pool.num_bytes,
+        "messages": boxes * compute,
+    }
+    lines = []
+    for role in Role:
+        name = role.name.lower()
+        state = {
+            "master and optimizer": _state_bytes(manager, name)
+            + _state_bytes(manager, "vocabulary")
+        }
+        parts = state | shared
+        uses = ", ".join(f"{use} {_bytes(size)}" for use, size in parts.items())
+        lines.append(f"memory    {name} worker {_bytes(sum(parts.values()))}: {uses}")
+    return lines
+
+
+def _state_bytes(manager: StateManager, name: str) -> int:
+    """Bytes of a group's masters and optimizer state on one of its devices."""
+    group = manager.groups[name]
+    pairs = [(group.params, group.specs), (group.opt_state, group.opt_specs)]
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for tree, specs in pairs
+        for leaf, sharding in zip(
+            jax.tree.leaves(tree), jax.tree.leaves(group.shardings(specs)), strict=True
+        )
+    )
+
+
+def _batch(config: Config) -> list[str]:
+    batch = config.batch
+    return [
+        f"batch     {config.tokens_per_step:,} tokens a step: {batch.micro_batches} micro-batches "
+        f"of {batch.tokens_per_worker:,} tokens on each of "
+        f"{config.split.replicas * config.split.attention_workers} attention workers, "
+        f"sequences of {batch.sequence_length}"
+    ]
+
+
+def _schedule(stepper: Stepper) -> list[str]:
+    schedule, config = stepper.schedule, stepper.config
+    capacities = ", ".join(
+        f"{bucket.rows} rows a slot and {bucket.sorted_rows} sorted rows"
+        for bucket in stepper.chooser.options
+    )
+    lines = [
+        f"schedule  {schedule.num_periods} periods a step, idle share {schedule.idle_share:.3f}, "
+        f"{schedule.in_flight} micro-batches in flight, stash slots {schedule.stash_slots[0]} "
+        f"attention and {schedule.stash_slots[1]} expert",
+        f"buckets   {capacities}",
+    ]
+    wave = 2 * schedule.stages * schedule.hop
+    if config.batch.micro_batches % wave:
+        lines.append(
+            f"warning   batch.micro_batches = {config.batch.micro_batches} should be a multiple of "
+            f"2 * split.stages * split.hop = {wave}: the idle share is {schedule.idle_share:.3f}"
+        )
+    return lines
+
+
+def _ranges(layers: list[int]) -> str:
+    return (
+        ",".join(map(str, layers)) if len(layers) <= 8 else f"{layers[0]},{layers[1]}..{layers[-1]}"
+    )
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

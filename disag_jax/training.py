@@ -1,0 +1,128 @@
+"""The training run, act by act: devices, input, state, report, loop, held-out evaluation."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from disag_jax import report, text
+from disag_jax.batches import Batches
+from disag_jax.bigram import BigramModel
+from disag_jax.checkpoint import Checkpoints
+from disag_jax.config import Config, ConfigError
+from disag_jax.geometry import placement_of
+from disag_jax.metrics import MetricsLog, Progress
+from disag_jax.state import TrainState
+from disag_jax.step import Stepper
+from disag_jax.workdir import Workdir
+from mesh.placement import Meshes
+
+# Evaluation batches are the same for every run on a text, whatever its seed.
+EVALUATION_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Batches of both splits, and the bigram baseline's loss on the evaluation batches."""
+
+    description: str
+    train: Batches
+    held_out: Batches
+    bigram_loss: float
+
+
+def train(config: Config, workdir: str, *, resume: bool = False) -> dict:
+    """Runs the experiment and returns the last evaluation's results.
+
+    Results go to `workdir`: config.json, metrics.jsonl, checkpoints/. Raises ConfigError for the
+    user's mistakes, before anything is compiled, and NonFiniteLossError when training diverges.
+    """
+    config.validate()
+    meshes = make_meshes(config)
+    inputs = load_inputs(config)
+    directory = Workdir(workdir, config, resume=resume)
+    stepper = Stepper(config, meshes)
+    checkpoints = Checkpoints(directory.checkpoints, stepper.manager)
+    state = checkpoints.restore()[0] if resume else stepper.init(config.run.seed)
+    print(report.start_up(stepper, inputs.description), flush=True)
+    log = MetricsLog(directory.metrics)
+    try:
+        state = _loop(config, stepper, state, inputs, log, checkpoints)
+    finally:
+        checkpoints.close()
+    return _evaluate(stepper, state, inputs, log)
+
+
+def make_meshes(config: Config) -> Meshes:
+    """The meshes over all devices; ConfigError if their number is not the split's."""
+    placement, devices = placement_of(config), jax.devices()
+    if len(devices) != placement.num_devices:
+        raise ConfigError(
+            f"split = {placement.num_devices} devices (replicas * stages * (attention_workers + "
+            f"expert_workers)) must equal the {len(devices)} {devices[0].platform} devices here"
+        )
+    return Meshes.make(placement, devices)
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Reads the text, splits it, and fits the bigram baseline on the training part."""
+    corpus = text.load(config.data.paths, config.data.held_out_fraction)
+
+    def batches(tokens, seed, split):
+        return Batches(
+            tokens,
+            config.batch.sequence_length,
+            config.sequences_per_step,
+            seed=seed,
+            split=split,
+            vocab_size=config.model.vocab_size,
+        )
+
+    held_out = batches(corpus.held_out, EVALUATION_SEED, "held-out")
+    bigram = BigramModel.fit(corpus.train, config.model.vocab_size)
+    scored = np.concatenate([held_out.step(i) for i in range(config.run.eval_batches)])
+    return Inputs(
+        description=corpus.description,
+        train=batches(corpus.train, config.run.seed, "training"),
+        held_out=held_out,
+        bigram_loss=bigram.loss_on(scored),
+    )
+
+
+def _loop(
+    config: Config, stepper: Stepper, state: TrainState, inputs: Inputs, log, checkpoints
+) -> TrainState:
+    progress = Progress(config)
+    while state.step < config.run.num_steps:
+        began = time.perf_counter()
+        state, metrics = stepper.train_step(state, inputs.train.step(state.step))
+        metrics["step_seconds"] = time.perf_counter() - began
+        progress.add(metrics)
+        last = state.step == config.run.num_steps
+        if state.step % config.run.log_every == 0 or last:
+            log.write(progress.record(state.step))
+            print(progress.line(state.step), flush=True)
+        if _due(state.step, config.run.checkpoint_every) or (last and config.run.checkpoint_every):
+            checkpoints.save(state, {"config": dataclasses.asdict(config)})
+        if _due(state.step, config.run.eval_every) and not last:
+            _evaluate(stepper, state, inputs, log)
+    return state
+
+
+def _evaluate(stepper: Stepper, state: TrainState, inputs: Inputs, log) -> dict:
+    """Held-out loss of the model and of the bigram baseline on the same tokens, in nats."""
+    batches = range(stepper.config.run.eval_batches)
+    losses = [stepper.evaluate(state, inputs.held_out.step(i))["loss"] for i in batches]
+    result = {
+        "step": state.step,
+        "held_out_loss": float(np.mean(losses)),
+        "bigram_loss": inputs.bigram_loss,
+    }
+    log.write(result)
+    print(report.evaluation(result), flush=True)
+    return result
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

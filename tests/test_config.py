@@ -1,0 +1,170 @@
+"""Each rule of a config names field, value and rule; every config in configs/ obeys them all."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from disag_jax.config import Config, ConfigError, Dtype, RouterScore
+
+CONFIGS = sorted(
+    path for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__"
+)
+NAN, INF = math.nan, math.inf
+
+
+def changed(**fields) -> Config:
+    """A small valid config with some fields changed, named `section__field`."""
+    config = Config()
+    for name, value in fields.items():
+        section, field = name.split("__")
+        assert hasattr(getattr(config, section), field), name
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+def check_refused(field: str, value, rule: str, **others):
+    """The error is one sentence: the field, the value and the rule."""
+    name = field.replace(".", "__")
+    with pytest.raises(ConfigError) as refused:
+        changed(**{name: value}, **others).validate()
+    sentence = str(refused.value)
+    assert sentence.startswith(f"{field} = {value!r} must be "), sentence
+    assert rule in sentence and "\n" not in sentence, sentence
+
+
+POSITIVE = """
+    model.vocab_size model.num_layers model.d_model model.num_heads model.num_kv_heads
+    model.head_dim model.rope_theta model.norm_eps model.num_experts model.top_k
+    model.expert_width model.gate_scale model.init_std
+    split.replicas split.stages split.attention_workers split.expert_workers
+    batch.sequence_length batch.tokens_per_worker batch.micro_batches
+    optimizer.peak_learning_rate optimizer.eps optimizer.max_grad_norm
+    run.num_steps run.loss_chunk run.log_every run.eval_batches
+""".split()
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("field", POSITIVE)
+def test_must_be_positive(field, value):
+    check_refused(field, value, "greater than 0")
+
+
+NOT_NEGATIVE = """
+    model.num_shared_experts model.balance_loss_weight model.z_loss_weight model.bias_update_rate
+    optimizer.final_learning_rate optimizer.warmup_steps optimizer.weight_decay
+    run.seed run.eval_every run.checkpoint_every
+""".split()
+
+
+@pytest.mark.parametrize("field", NOT_NEGATIVE)
+def test_must_not_be_negative(field):
+    check_refused(field, -1, "0 or more")
+    changed(**{field.replace(".", "__"): 0}).validate()
+
+
+RANGES = [
+    ("model.capacity_factor", 0.0, "greater than 0"),
+    ("model.capacity_factor", -1.25, "greater than 0"),
+    ("split.hop", 0, "1 or 2"),
+    ("split.hop", 3, "1 or 2"),
+    ("split.bucket_factors", (1.25, 0.5), "at least 1"),
+    ("data.held_out_fraction", 0.0, "between 0 and 1"),
+    ("data.held_out_fraction", 1.0, "between 0 and 1"),
+    ("optimizer.b1", 1.0, "below 1"),
+    ("optimizer.b2", -0.5, "at least 0"),
+    ("run.seed", 2**32, "below 2**32"),
+]
+
+
+@pytest.mark.parametrize("field, value, rule", RANGES)
+def test_must_be_in_range(field, value, rule):
+    check_refused(field, value, rule)
+
+
+RELATIONS = [
+    ("model.top_k", 9, "at most model.num_experts (8)", {}),
+    ("model.num_heads", 6, "a multiple of model.num_kv_heads (4)", {}),
+    ("model.head_dim", 15, "even", {}),
+    ("batch.tokens_per_worker", 200, "a multiple of batch.sequence_length (128)", {}),
+    ("batch.tokens_per_worker", 64, "a multiple of batch.sequence_length (128)", {}),
+    ("split.expert_workers", 9, "at most model.num_experts (8)", {}),
+    ("split.stages", 5, "at most model.num_layers (4)", {}),
+    (
+        "optimizer.final_learning_rate", 1e-2, "at most optimizer.peak_learning_rate (0.001)",
+        {},
+    ),
+    ("model.top_k", 2, "at most model.num_experts (1)", {"model__num_experts": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value, rule, others", RELATIONS)
+def test_must_fit_other_fields(field, value, rule, others):
+    check_refused(field, value, rule, **others)
+
+
+TYPES = [
+    *[(field, value, "a whole number")
+      for field in ("model.top_k", "split.stages", "batch.micro_batches", "run.seed")
+      for value in (2.0, "2", None, True, NAN)],
+    *[(field, value, "a finite number")
+      for field in ("model.rope_theta", "optimizer.eps", "data.held_out_fraction")
+      for value in (NAN, INF, -INF, "0.1", None, True)],
+    *[("model.capacity_factor", value, "a finite number, or None") for value in (NAN, INF, "1")],
+    *[("split.bucket_factors", value, "a tuple of finite numbers")
+      for value in (1.25, [1.25], ("1.25",), (NAN,), (INF,))],
+    *[("data.paths", value, "a tuple of strings") for value in ("text", ["text"], (1,))],
+    ("model.normalize_gates", 1, "True or False"),
+    ("model.router_score", "softmax", "one of RouterScore.SOFTMAX, RouterScore.SIGMOID"),
+    ("run.compute_dtype", "float16", "one of Dtype.BFLOAT16, Dtype.FLOAT32, Dtype.FLOAT64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value, rule", TYPES)
+def test_must_have_its_type(field, value, rule):
+    check_refused(field, value, rule)
+
+
+ALLOWED = [
+    {"model__capacity_factor": None},
+    {"model__capacity_factor": 1},
+    {"model__top_k": 8},
+    {"model__top_k": np.int64(2)},
+    {"model__num_kv_heads": 1},
+    {"model__router_score": RouterScore.SIGMOID},
+    {"split__bucket_factors": ()},
+    {"split__bucket_factors": (1, 3)},
+    {"split__stages": 4, "split__expert_workers": 8, "split__hop": 2},
+    {"batch__micro_batches": 1},
+    {"data__paths": ("a", "b")},
+    {"optimizer__b1": 0.0},
+    {"optimizer__final_learning_rate": 1e-3},
+    # A run may end within its warm-up: a trial of a long one does.
+    {"optimizer__warmup_steps": 2000, "run__num_steps": 1},
+    {"run__compute_dtype": Dtype.FLOAT64, "run__seed": 2**32 - 1},
+]
+
+
+@pytest.mark.parametrize("fields", ALLOWED, ids=str)
+def test_limits_are_allowed(fields):
+    config = changed(**fields)
+    assert config.validate() is config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_file_is_valid(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    assert config.validate() is config
+    assert config.name == path.stem
+    assert f"python train.py --config configs/{path.name}" in module.__doc__
+    # Every call is a new object: overrides of one run must not reach another.
+    assert module.get_config().model is not config.model
+
+
+def test_there_are_config_files():
+    assert {"deepseek_moe_16b", "gpt_oss_120b", "qwen3_235b"} <= {path.stem for path in CONFIGS}

@@ -1,0 +1,147 @@
+"""Optimizer steps: equality with a plain trainer, bucket re-runs, determinism, bad numbers."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from disag_jax.config import SplitConfig
+from disag_jax.geometry import Bucket, buckets
+from disag_jax.step import BUCKET_MEMORY, BucketChooser, NonFiniteLossError
+from tests import reference, support
+
+EVERYTHING_ON = {
+    "num_layers": 3,
+    "num_shared_experts": 1,
+    "bias_update_rate": 0.01,
+    "capacity_factor": 1.25,
+}
+
+
+@pytest.fixture(scope="module")
+def everything_on():
+    """A stepper with every loss, the bias update, dropping, clipping, decay and schedule on."""
+    split = SplitConfig(stages=2, attention_workers=1, expert_workers=3)
+    config = support.small_config(split, 4, **EVERYTHING_ON)
+    return support.make_stepper(config)
+
+
+def start(stepper):
+    params = support.oracle_params(stepper.config)
+    bias = reference.init_router_bias(stepper.config)
+    return params, bias, support.place_state(stepper, params, bias)
+
+
+def test_twenty_steps_equal_a_plain_optax_trainer(everything_on):
+    config = everything_on.config
+    params, bias, state = start(everything_on)
+    opt_state = reference.make_optimizer(config).init(params)
+    oracle_step = jax.jit(functools.partial(reference.train_step, config))
+    clipped = 0
+    for step in range(config.run.num_steps):
+        sequences = support.random_sequences(config, seed=step)
+        params, opt_state, bias, aux = oracle_step(params, opt_state, bias, sequences)
+        state, metrics = everything_on.train_step(state, sequences)
+        assert support.relative_error(metrics["total_loss"], aux["loss"]) < 1e-9, step
+        clipped += metrics["gradient_norm"] > config.optimizer.max_grad_norm
+    assert clipped > 0, "the test must clip"
+    assert np.abs(np.asarray(bias)).max() > 0, "the test must move the bias"
+    np.testing.assert_allclose(np.asarray(state.router_bias), bias, atol=1e-12)
+    actual = support.logical_params(everything_on, state.params)
+    errors = jax.tree.map(support.relative_error, actual, params)
+    assert max(jax.tree.leaves(errors)) < 1e-8, errors
+
+
+def test_two_runs_are_bitwise_equal(everything_on):
+    def run():
+        _, _, state = start(everything_on)
+        for step in range(2):
+            sequences = support.random_sequences(everything_on.config, seed=step)
+            state, metrics = everything_on.train_step(state, sequences)
+        return jax.device_get((state.params, state.opt_state, metrics["total_loss"]))
+
+    for first, second in zip(jax.tree.leaves(run()), jax.tree.leaves(run()), strict=True):
+        assert first.tobytes() == second.tobytes()
+
+
+def test_non_finite_loss_names_the_step_and_keeps_the_state(everything_on):
+    _, _, state = start(everything_on)
+    broken = everything_on.manager.with_compute_copies(
+        3,
+        state.params
+        | {"vocabulary": jax.tree.map(lambda x: x * math.nan, state.params["vocabulary"])},
+        state.opt_state,
+        state.router_bias,
+    )
+    with pytest.raises(NonFiniteLossError, match="step 3"):
+        everything_on.train_step(broken, support.random_sequences(everything_on.config))
+    np.asarray(broken.rows)  # not donated
+
+
+def test_all_tokens_to_one_expert_runs_again_in_a_larger_bucket():
+    """The overflowing run is thrown away: loss and gradients equal the oracle's."""
+    split = SplitConfig(stages=1, attention_workers=2, expert_workers=3, bucket_factors=(1.0,))
+    config = support.small_config(split, 2, top_k=1, num_layers=2, bias_update_rate=0.01)
+    stepper = support.make_stepper(config)
+    params, bias, _ = start(stepper)
+    bias = np.asarray(bias).copy()
+    bias[:, 4] = 10.0  # every token's only choice
+    state = support.place_state(stepper, params, bias)
+    sequences = support.random_sequences(config)
+    small, large = stepper.chooser.options
+    assert stepper.chooser.current == small
+
+    state, metrics = stepper.train_step(state, sequences)
+
+    assert metrics["bucket_reruns"] == 1 and metrics["bucket"] == large
+    tokens = config.tokens_per_step
+    assert (metrics["expert_counts"][:, 4] == tokens).all(), "and the others have no token"
+    oracle = jax.jit(functools.partial(reference.loss_and_grads, config))
+    (total, _), grads = oracle(params, bias, sequences)
+    assert support.relative_error(metrics["total_loss"], total) < 1e-10
+    norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(grads)))
+    assert support.relative_error(metrics["gradient_norm"], norm) < 1e-10
+
+
+def test_evaluation_equals_the_training_loss(everything_on):
+    _, _, state = start(everything_on)
+    sequences = support.random_sequences(everything_on.config)
+    evaluated = everything_on.evaluate(state, sequences)
+    trained = everything_on.train_step(state, sequences)[1]
+    assert support.relative_error(evaluated["loss"], trained["loss"]) < 1e-12
+
+
+class TestBucketChooser:
+    SMALL, MIDDLE, LARGE = Bucket(8, 16), Bucket(12, 24), Bucket(16, 64)
+
+    def chooser(self):
+        return BucketChooser([self.SMALL, self.MIDDLE, self.LARGE])
+
+    def test_takes_the_smallest_that_is_large_enough(self):
+        chooser = self.chooser()
+        assert chooser.overflowed(Bucket(9, 60)) and chooser.current == self.LARGE
+
+    def test_always_moves_up_on_overflow(self):
+        chooser = self.chooser()
+        assert chooser.overflowed(Bucket(9, 9)) and chooser.current == self.MIDDLE
+        assert not chooser.overflowed(Bucket(12, 24))
+
+    def test_comes_down_when_the_last_steps_would_fit(self):
+        chooser = self.chooser()
+        chooser.overflowed(Bucket(16, 64))
+        for _ in range(BUCKET_MEMORY):
+            assert chooser.current == self.LARGE
+            assert not chooser.overflowed(Bucket(9, 10))
+            chooser.step_done()
+        assert chooser.current == self.MIDDLE
+
+
+def test_buckets_grow_to_the_worst_case():
+    config = support.small_config(SplitConfig(attention_workers=2, expert_workers=3))
+    options = buckets(config)
+    assert options == sorted(options) and len(set(options)) == len(options)
+    assert options[-1].rows == config.batch.tokens_per_worker
+    one_worker = support.small_config(SplitConfig(attention_workers=2, expert_workers=1))
+    assert len(buckets(one_worker)) == 1, "one expert worker always gets everything"

@@ -1,0 +1,35 @@
+"""Trains a Mixture-of-Experts language model with attention and experts on different devices.
+
+  python train.py --config configs/tiny.py --cpu_devices 8 --workdir runs/tiny
+
+Flags choose how to run; the config says what to train: `--config.model.num_layers=8`.
+"""
+
+from absl import flags
+
+from disag_jax import cli
+from mesh import runtime
+
+CONFIG = cli.define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "directory for metrics and checkpoints")
+RESUME = flags.DEFINE_bool("resume", False, "go on from the last checkpoint in workdir")
+CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices",
+    0,
+    "simulate this many devices on the CPU; 0 takes the accelerators",
+    lower_bound=0,
+)
+
+
+def main():
+    if CPU_DEVICES.value:
+        runtime.simulate_cpu_devices(CPU_DEVICES.value)
+    # JAX reads its environment when it starts: import what uses it only now.
+    from disag_jax import training
+
+    training.train(CONFIG.value, WORKDIR.value, resume=RESUME.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)
