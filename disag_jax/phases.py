@@ -1,7 +1,7 @@
 """What one worker does in the forward and in the backward phase of a period.
 
-A phase switches on the worker's role: idle, attention unit or expert unit. No transfer happens in
-a phase: messages come in and go out as words (mesh/wire.py) and the loop moves them.
+A phase runs the unit of the worker's role, or none. No transfer happens in a phase: messages come
+in and go out as words (mesh/wire.py) and the loop moves them.
 """
 
 from typing import NamedTuple
@@ -113,34 +113,40 @@ class Phases:
     def forward(self, inbox, entry: Entry, stash, stats: Stats):
         """Runs this worker's forward unit: returns (outbox, stash, stats)."""
 
-        def idle(inbox, stash, stats):
-            return jnp.zeros_like(inbox), stash, stats
-
-        def attention(inbox, stash, stats):
+        def attention(_, stash, stats):
             with jax.named_scope("attention_forward"):
                 return self._attention_forward(inbox, entry, stash, stats)
 
-        def experts(inbox, stash, stats):
+        def experts(_, stash, stats):
             with jax.named_scope("expert_forward"):
                 return self._expert_forward(inbox, entry, stash, stats)
 
-        return self._switch(entry, (idle, attention, experts), inbox, stash, stats)
+        state = (jnp.zeros_like(inbox), stash, stats)
+        state = _update_if(self._plays(entry, Role.ATTENTION), attention, *state)
+        return _update_if(self._plays(entry, Role.EXPERT), experts, *state)
 
     def backward(self, inbox, entry: Entry, stash, grads: Grads):
         """Runs this worker's backward unit: returns (outbox, grads)."""
 
-        def idle(inbox, stash, grads):
-            return jnp.zeros_like(inbox), grads
-
-        def attention(inbox, stash, grads):
+        def attention(_, rows, embedding):
             with jax.named_scope("attention_backward"):
-                return self._attention_backward(inbox, entry, stash, grads)
+                return self._attention_backward(inbox, entry, stash, rows, embedding)
 
-        def experts(inbox, stash, grads):
+        def experts(_, rows, post_norm):
             with jax.named_scope("expert_backward"):
-                return self._expert_backward(inbox, entry, stash, grads)
+                return self._expert_backward(inbox, entry, stash, rows, post_norm)
 
-        return self._switch(entry, (idle, attention, experts), inbox, stash, grads)
+        outbox, rows, embedding = _update_if(
+            self._plays(entry, Role.ATTENTION),
+            attention,
+            jnp.zeros_like(inbox),
+            grads.rows,
+            grads.embedding,
+        )
+        outbox, rows, post_norm = _update_if(
+            self._plays(entry, Role.EXPERT), experts, outbox, rows, grads.post_norm
+        )
+        return outbox, grads._replace(rows=rows, embedding=embedding, post_norm=post_norm)
 
     def loss_backward(self, inbox, micro_batch, outbox, grads: Grads, stats: Stats):
         """Adds a due loss to the backward phase: returns (outbox, grads, stats).
@@ -150,25 +156,23 @@ class Phases:
         is layer 0's, which sends nothing.
         """
 
-        def due(outbox, grads, stats):
+        def due(outbox, head, nll):
             with jax.named_scope("loss"):
-                return self._loss_backward(inbox, micro_batch, outbox, grads, stats)
+                return self._loss_backward(inbox, micro_batch, outbox, head, nll)
 
-        def not_due(outbox, grads, stats):
-            return outbox, grads, stats
-
-        return lax.cond(micro_batch != IDLE, due, not_due, outbox, grads, stats)
+        outbox, head, nll = _update_if(micro_batch != IDLE, due, outbox, grads.head, stats.nll)
+        return outbox, grads._replace(head=head), stats._replace(nll=nll)
 
     def loss_forward(self, inbox, micro_batch, stats: Stats) -> Stats:
         """Adds a due loss to the stats, without gradients."""
 
-        def due(stats):
+        def due(nll):
             h_TD = combine(self.geometry, self.message.decode(inbox))
             labels_T = self.labels_KT[micro_batch]
-            nll = self.shared_loss.loss(self.weights.head, h_TD, labels_T)
-            return stats._replace(nll=stats.nll + nll)
+            return (nll + self.shared_loss.loss(self.weights.head, h_TD, labels_T),)
 
-        return lax.cond(micro_batch != IDLE, due, lambda stats: stats, stats)
+        (nll,) = _update_if(micro_batch != IDLE, due, stats.nll)
+        return stats._replace(nll=nll)
 
     def zero_stats(self) -> Stats:
         g, num_rows = self.geometry, self.weights.rows.shape[0]
@@ -193,9 +197,10 @@ class Phases:
             head=jax.tree.map(zeros, weights.head),
         )
 
-    def _switch(self, entry: Entry, branches, *operands):
-        role = jnp.where(self.me.is_attention, 1, 2)
-        return lax.switch(jnp.where(entry.micro_batch == IDLE, 0, role), branches, *operands)
+    def _plays(self, entry: Entry, role: Role):
+        """Whether this worker has a unit of `role` to run."""
+        in_role = self.me.is_attention if role is Role.ATTENTION else ~self.me.is_attention
+        return (entry.micro_batch != IDLE) & in_role
 
     def _is_first_layer(self, entry: Entry):
         return (entry.layer_row == 0) & (self.me.stage == 0)
@@ -225,58 +230,64 @@ class Phases:
         stats = stats._replace(sorted_needed=jnp.maximum(stats.sorted_needed, needed))
         return outbox, stash, stats
 
-    def _attention_backward(self, inbox, entry, stash, grads):
+    def _attention_backward(self, inbox, entry, stash, rows, embedding):
         kept = self.pool.read(stash, Role.ATTENTION, entry.slot)
         params = self.layouts.attention.read(self.weights.rows, entry.layer_row)
         dparams, dh_TD = self.attention.backward(
             params, kept, self.cotangent.decode(inbox), self.me.rank, self.aux_scales
         )
         with jax.named_scope("add_gradients"):
-            rows = self.layouts.attention.add(grads.rows, entry.layer_row, dparams)
-            embedding = self._add_embedding(grads.embedding, entry, dh_TD)
+            rows = self.layouts.attention.add(rows, entry.layer_row, dparams)
+            embedding = self._add_embedding(embedding, entry, dh_TD)
         outbox = self.cotangent.encode(combine_cotangent(self.geometry, dh_TD, kept.origin))
-        return outbox, grads._replace(rows=rows, embedding=embedding)
+        return outbox, rows, embedding
 
     def _add_embedding(self, embedding, entry, dh_TD):
         tokens_T = self.tokens_KT[entry.micro_batch]
-        return lax.cond(
-            self._is_first_layer(entry),
-            lambda sums: sums.at[tokens_T].add(dh_TD.astype(sums.dtype)),
-            lambda sums: sums,
-            embedding,
-        )
 
-    def _expert_backward(self, inbox, entry, stash, grads):
+        def add(sums):
+            return (sums.at[tokens_T].add(dh_TD.astype(sums.dtype)),)
+
+        return _update_if(self._is_first_layer(entry), add, embedding)[0]
+
+    def _expert_backward(self, inbox, entry, stash, rows, post_norm):
         g = self.geometry
         kept = self.pool.read(stash, Role.EXPERT, entry.slot)
         dy = self.cotangent.decode(pick_slots(inbox, self.me.rank, g.M)).x
         dparams, cotangent = self.expert.backward(self._expert_params(entry), kept, dy)
-        dnorm_D = dparams.pop(POST_NORM)["scale"].astype(grads.post_norm.dtype)
+        dnorm_D = dparams.pop(POST_NORM)["scale"].astype(post_norm.dtype)
         with jax.named_scope("add_gradients"):
-            grads = grads._replace(
-                rows=self.layouts.expert.add(grads.rows, entry.layer_row, dparams),
-                post_norm=grads.post_norm.at[entry.layer_row].add(dnorm_D),
-            )
-        return place_slots(self.cotangent.encode(cotangent), self.me.rank, g.R), grads
+            rows = self.layouts.expert.add(rows, entry.layer_row, dparams)
+            post_norm = post_norm.at[entry.layer_row].add(dnorm_D)
+        outbox = place_slots(self.cotangent.encode(cotangent), self.me.rank, g.R)
+        return outbox, rows, post_norm
 
     def _expert_params(self, entry):
         params = self.layouts.expert.read(self.weights.rows, entry.layer_row)
         return {**params, POST_NORM: {"scale": self.weights.post_norm[entry.layer_row]}}
 
-    def _loss_backward(self, inbox, micro_batch, outbox, grads, stats):
+    def _loss_backward(self, inbox, micro_batch, outbox, head, nll):
         g = self.geometry
         message = self.message.decode(inbox)
-        nll, dh_TD, head = self.shared_loss.loss_and_backward(
+        share, dh_TD, head = self.shared_loss.loss_and_backward(
             self.weights.head,
             combine(g, message),
             self.labels_KT[micro_batch],
             self.loss_scale,
-            grads.head,
+            head,
         )
         sent = self.cotangent.encode(combine_cotangent(g, dh_TD, message.origin))
         is_owner = self.me.is_attention & (self.me.stage == self.shared_loss.owner_stage)
-        outbox = jnp.where(is_owner, sent, outbox)
-        return outbox, grads._replace(head=head), stats._replace(nll=stats.nll + nll)
+        return jnp.where(is_owner, sent, outbox), head, nll + share
+
+
+def _update_if(predicate, update, *state):
+    """`update(*state)` where the predicate holds, else `state`: a conditional that works in place.
+
+    XLA passes state through a conditional without copying it only if there are two branches and
+    one of them leaves it as it is; a switch over the roles would copy all gradients every period.
+    """
+    return lax.cond(predicate, lambda *state: tuple(update(*state)), lambda *state: state, *state)
 
 
 def _add_routing(stats: Stats, entry: Entry, routing: RoutingStats) -> Stats:

@@ -2,8 +2,8 @@
 
 One period of the loop (hop 1):
 
-    backward messages in flight  ||  forward phase:  switch(role)(idle, attention, experts)
-    forward messages in flight   ||  backward phase: switch(role)(idle, attention', experts'); loss
+    backward messages in flight  ||  forward phase:  attention or expert unit, or idle
+    forward messages in flight   ||  backward phase: attention' or expert' unit, or idle; loss
 
 The transfer of what one phase made has no data dependence on the other phase, so XLA runs it
 underneath. With hop 2 both transfers have the whole period. What each worker does in each period is
