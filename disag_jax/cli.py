@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from disag_jax.config import Config, ConfigError
@@ -24,6 +24,8 @@ def run(main):
     def guarded(argv):
         if len(argv) > 1:
             _fail(f"argument {argv[1]!r} must be a flag, such as --config=configs/tiny.py")
+        # Libraries log their settings at INFO; what a run has to say it prints.
+        logging.set_verbosity(logging.WARNING)
         try:
             main()
         except ConfigError as error:
