@@ -5,8 +5,10 @@ arithmetic of its attention at 4,096 tokens per sequence. 524,288 tokens per ste
 
   python train.py --config configs/deepseek_moe_16b.py --workdir runs/deepseek_moe_16b
 
-Traced for its 16 devices in tests/test_lowering.py; not trained yet. Not yet as in the original
-(Dai et al., "DeepSeekMoE"):
+By its shapes an expert worker keeps 30 GiB for the whole run in the largest transport bucket, and
+needs room for a unit's work beside it. Only traced for its 16 devices (tests/test_lowering.py),
+never run: one process must see all devices, for train.py does not join several hosts yet.
+Unlike the original (Dai et al., "DeepSeekMoE"):
 
   - The first layer's feed-forward part is dense there (width 10,944); here every layer has experts.
   - All weights start with a standard deviation of 0.006 there; here what is added to the residual

@@ -6,8 +6,10 @@ experts are 98% of the weights. 1,048,576 tokens per step.
 
   python train.py --config configs/gpt_oss_120b.py --workdir runs/gpt_oss_120b
 
-Traced for its 64 devices in tests/test_lowering.py; not trained yet. Not yet as in the original
-(its public model code; how it was trained is not public):
+By its shapes an expert worker keeps 64 GiB for the whole run in the largest transport bucket, and
+needs room for a unit's work beside it. Only traced for its 64 devices (tests/test_lowering.py),
+never run: one process must see all devices, for train.py does not join several hosts yet.
+Unlike the original, whose model code is public and whose training is not:
 
   - Every second layer attends to the last 128 tokens only there; here every layer to all.
   - Attention there has a learned sink per head, one more logit in the softmax.

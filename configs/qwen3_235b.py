@@ -8,8 +8,10 @@ of 80 GB, with attention as the slower half and a third of the tokens per step:
 
   python train.py --config configs/qwen3_235b.py --workdir runs/qwen3_235b
 
-Traced for its 128 devices in tests/test_lowering.py; not trained yet. Not yet as in the original
-("Qwen3 Technical Report" and the published configuration):
+By its shapes an expert worker keeps 78 GiB for the whole run in the largest transport bucket, and
+needs room for a unit's work beside it. Only traced for its 128 devices (tests/test_lowering.py),
+never run: one process must see all devices, for train.py does not join several hosts yet.
+Unlike the original ("Qwen3 Technical Report" and the published configuration):
 
   - Queries and keys are normalised per head before RoPE there.
   - The balance loss is over the global batch there, per sequence here. Its weight is the published

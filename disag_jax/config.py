@@ -9,7 +9,6 @@ import dataclasses
 import enum
 import functools
 import math
-import numbers
 
 
 class ConfigError(ValueError):
@@ -313,13 +312,12 @@ def _require(holds: bool, field: str, value, rule: str):
         raise ConfigError(f"{field} = {value!r} must be {rule}")
 
 
-def _is_whole(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_finite(value) -> bool:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_tuple_of(holds, value) -> bool:
@@ -327,7 +325,7 @@ def _is_tuple_of(holds, value) -> bool:
 
 
 _TYPES = {
-    int: (_is_whole, "a whole number"),
+    int: (_is_int, "an int"),
     float: (_is_finite, "a finite number"),
     bool: (lambda value: isinstance(value, bool), "True or False"),
     float | None: (lambda value: value is None or _is_finite(value), "a finite number, or None"),
