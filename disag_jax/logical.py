@@ -7,6 +7,7 @@ can be restored onto any other split.
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -89,9 +90,9 @@ class Located:
         return np.ix_(*self.targets) if self.targets else ()
 
     def pick(self, shard: np.ndarray) -> np.ndarray:
-        """The real elements of a shard."""
+        """A copy of the real elements of a shard."""
         grid = shard.reshape(self.shape)
-        return grid[np.ix_(*self.positions)] if self.positions else grid
+        return grid[np.ix_(*self.positions)] if self.positions else grid.copy()
 
     def fill(self, values: np.ndarray, shard_shape) -> np.ndarray:
         """A shard with these real elements and zeros elsewhere."""
@@ -104,17 +105,15 @@ class Located:
 
 
 def state_maps(manager: StateManager) -> dict:
-    """LeafMaps of `TrainState.params` and `.opt_state`: {"params": {group: tree}, "opt_state": ..}.
+    """LeafMaps of `TrainState.masters`: {"params": {group: tree}, "opt_state": .., "router_bias"}.
 
     What is not per layer, expert or vocabulary row maps to itself.
     """
     maps = {"params": {}, "opt_state": {}}
     for name in GROUPS:
         group = manager.groups[name]
-        of_leaf = _MAPS[name]
         params = jax.tree_util.tree_map_with_path(
-            lambda path, leaf, f=of_leaf: f(manager.config, manager.geometry, path, leaf),
-            group.params,
+            functools.partial(param_map, name, manager.config, manager.geometry), group.params
         )
         maps["params"][name] = params
         maps["opt_state"][name] = optax.tree_map_params(
@@ -124,7 +123,13 @@ def state_maps(manager: StateManager) -> dict:
             params,
             transform_non_params=plain_map,
         )
+    maps["router_bias"] = plain_map(manager.abstract_state().router_bias)
     return maps
+
+
+def param_map(group: str, config: Config, geometry: Geometry, path, leaf) -> LeafMap:
+    """The map of a parameter, given its path in its group's tree and its physical shape."""
+    return _MAPS[group](config, geometry, path, leaf)
 
 
 def plain_map(leaf) -> LeafMap:

@@ -56,6 +56,15 @@ class TrainState:
     rows: jax.Array
     vocabulary: dict[str, jax.Array]
 
+    @property
+    def masters(self) -> dict:
+        """What `StateManager.with_compute_copies` makes the rest from."""
+        return {
+            "params": self.params,
+            "opt_state": self.opt_state,
+            "router_bias": self.router_bias,
+        }
+
 
 class Group:
     """One group's place: its mesh and the partition of its parameters and optimizer state."""

@@ -1,0 +1,256 @@
+"""A run saved under one split goes on under another; damage and mistakes are named."""
+
+import asyncio
+import contextlib
+import dataclasses
+import pathlib
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from disag_jax import checkpoint
+from disag_jax.checkpoint import Checkpoints, UnreadableCheckpointError
+from disag_jax.config import ConfigError, SplitConfig
+from disag_jax.logical import state_maps
+from disag_jax.state import StateManager
+from disag_jax.step import Stepper
+from tests import support
+
+# Numbers that nothing divides: layers in stages, experts and vocabulary rows on workers.
+MODEL = {
+    "num_layers": 5, "num_experts": 7, "num_shared_experts": 1, "bias_update_rate": 0.01,
+}  # fmt: skip
+EXTRA = {"config": {"name": "small", "paths": [], "factor": None}, "note": 1.5}
+
+# By (p, M, N), with as many micro-batches as make a step eight sequences.
+SAVED_FROM = (SplitConfig(1, 2, 1, 3, bucket_factors=()), 4)
+SPLITS = {
+    "2 1 3": SAVED_FROM,
+    "1 2 2": (SplitConfig(1, 1, 2, 2, bucket_factors=()), 2),
+    "4 1 1": (SplitConfig(1, 4, 1, 1, bucket_factors=()), 4),
+    "1 1 3, two replicas": (SplitConfig(2, 1, 1, 3, bucket_factors=()), 2),
+}
+
+
+def make_stepper(split, micro_batches, **model) -> Stepper:
+    return support.make_stepper(support.small_config(split, micro_batches, **MODEL | model))
+
+
+def sequences(step: int) -> np.ndarray:
+    config = support.small_config(*SAVED_FROM, **MODEL)
+    return support.random_sequences(config, seed=step)
+
+
+def logical(manager: StateManager, masters: dict) -> dict:
+    return jax.tree.map(
+        lambda leaf, leaf_map: leaf_map.to_logical(np.asarray(leaf)), masters, state_maps(manager)
+    )
+
+
+@contextlib.contextmanager
+def writing_held_back():
+    """Lets nothing be written to disk inside, as if the disk were slow."""
+    released, write_leaf = threading.Event(), checkpoint._write_leaf
+
+    async def write_later(*args):
+        while not released.is_set():
+            await asyncio.sleep(0.01)
+        await write_leaf(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_write_leaf", write_later)
+        try:
+            yield
+        finally:
+            released.set()
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that was saved at step 2 while it went on to step 4.
+
+    Attributes:
+      masters: the logical masters at step 2.
+      losses: of the steps from 2 to 4.
+    """
+
+    directory: pathlib.Path
+    stepper: Stepper
+    masters: dict
+    losses: list[float]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    stepper = make_stepper(*SAVED_FROM)
+    directory = tmp_path_factory.mktemp("run")
+    state, losses = stepper.init(3), []
+    for step in range(2):
+        state, _ = stepper.train_step(state, sequences(step))
+    # Copied on the devices: a buffer that numpy has seen is not reused when it is donated.
+    masters = jax.tree.map(jnp.copy, state.masters)
+    checkpoints = Checkpoints(directory, stepper.manager)
+    with writing_held_back():
+        assert checkpoints.save(state, EXTRA)
+        for step in range(2, 4):
+            state, metrics = stepper.train_step(state, sequences(step))
+            losses.append(metrics["total_loss"])
+        assert not checkpoints.save(state, EXTRA)
+    checkpoints.close()
+    return Run(directory, stepper, logical(stepper.manager, masters), losses)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_split_restores_the_same_masters(name, run):
+    manager = make_stepper(*SPLITS[name]).manager
+    state, extra = Checkpoints(run.directory, manager).restore()
+    assert (state.step, extra) == (2, EXTRA)
+    jax.tree.map(np.testing.assert_array_equal, logical(manager, state.masters), run.masters)
+    assert np.abs(state.router_bias).max() > 0
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state.masters)
+    abstract = manager.abstract_state().masters
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract)
+
+
+def test_training_goes_on_under_another_split(run):
+    stepper = make_stepper(*SPLITS["1 2 2"])
+    state, _ = Checkpoints(run.directory, stepper.manager).restore(step=2)
+    for step, expected in zip(range(2, 4), run.losses, strict=True):
+        state, metrics = stepper.train_step(state, sequences(step))
+        assert support.relative_error(metrics["total_loss"], expected) < 1e-12
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A manager of the smallest split, and a state for it."""
+    stepper = make_stepper(SplitConfig(), 1, num_layers=1, num_experts=2)
+    return stepper.manager, stepper.init(0)
+
+
+def save_steps(checkpoints: Checkpoints, state, steps):
+    for step in steps:
+        checkpoints.save(dataclasses.replace(state, step=step), {}, force=True)
+
+
+@pytest.mark.parametrize("keep_every, kept", [(0, [4, 5]), (3, [3, 4, 5])])
+def test_retention(keep_every, kept, small, tmp_path):
+    manager, state = small
+    checkpoints = Checkpoints(tmp_path, manager, keep_last=2, keep_every=keep_every)
+    save_steps(checkpoints, state, range(1, 6))
+    assert checkpoints.steps() == kept
+    checkpoints.close()
+    assert Checkpoints(tmp_path, manager).steps() == kept
+
+
+def test_a_fresh_state(small, tmp_path):
+    """Its moments are zero, and a chunk of zeros must not pass for a missing one."""
+    manager, state = small
+    checkpoints = Checkpoints(tmp_path, manager)
+    checkpoints.save(state, {})
+    restored, _ = checkpoints.restore()
+    expected = logical(manager, state.masters)
+    jax.tree.map(np.testing.assert_array_equal, logical(manager, restored.masters), expected)
+    np.testing.assert_array_equal(restored.rows, state.rows)
+
+
+def test_steps_go_forward(small, tmp_path):
+    manager, state = small
+    checkpoints = Checkpoints(tmp_path, manager)
+    save_steps(checkpoints, state, [4])
+    for step in (3, 4):
+        with pytest.raises(ConfigError, match=f"step = {step} must be after .* of step 4"):
+            save_steps(checkpoints, state, [step])
+
+
+def test_a_failed_write_is_reported_and_leaves_no_checkpoint(small, tmp_path, monkeypatch):
+    manager, state = small
+    checkpoints = Checkpoints(tmp_path, manager)
+
+    async def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "_write_leaf", fail)
+    save_steps(checkpoints, state, [1])
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.wait()
+    monkeypatch.undo()
+    again = Checkpoints(tmp_path, manager)
+    assert again.steps() == []
+    save_steps(again, state, [1])
+    assert again.steps() == [1]
+
+
+def test_no_checkpoint(small, tmp_path):
+    with pytest.raises(ConfigError, match=f"{tmp_path} must hold a checkpoint"):
+        Checkpoints(tmp_path, small[0]).restore()
+
+
+def test_one_is_always_kept(small, tmp_path):
+    with pytest.raises(ConfigError, match="keep_last = 0 must be"):
+        Checkpoints(tmp_path, small[0], keep_last=0)
+
+
+def test_a_missing_step_lists_those_that_are_there(small, tmp_path):
+    manager, state = small
+    checkpoints = Checkpoints(tmp_path, manager)
+    save_steps(checkpoints, state, [3, 5])
+    with pytest.raises(ConfigError, match=r"step = 4 must be one of .*: 3, 5$"):
+        checkpoints.restore(4)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (
+            {"expert_width": 20},
+            r"experts.down is float64\[5, 7, 12, 16\], the model's is float64\[5, 7, 20, 16\]$",
+        ),
+        ({"num_layers": 6}, r"is float64\[5, .*, the model's is float64\[6, "),
+        ({"num_shared_experts": 0}, r"shared_experts.down is .*, the model's is absent$"),
+    ],
+)
+def test_another_model(model, message, run):
+    manager = make_stepper(*SAVED_FROM, **model).manager
+    with pytest.raises(ConfigError, match=message):
+        Checkpoints(run.directory, manager).restore()
+
+
+def remove(file: pathlib.Path):
+    file.unlink()
+
+
+def shorten(file: pathlib.Path):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def flip_a_bit(file: pathlib.Path):
+    data = bytearray(file.read_bytes())
+    data[40] ^= 1
+    file.write_bytes(data)
+
+
+CHUNK = "arrays/params.attention.attention.query/c/0/0/0/0"
+
+
+@pytest.mark.parametrize(
+    "file, damage",
+    [
+        (CHUNK, remove),
+        (CHUNK, shorten),
+        (CHUNK, flip_a_bit),
+        ("arrays/opt_state.expert.0.count/c", remove),
+        ("arrays/router_bias/zarr.json", remove),
+        ("_CHECKPOINT_METADATA", shorten),
+    ],
+)
+def test_damage(file, damage, small, tmp_path):
+    manager, state = small
+    checkpoints = Checkpoints(tmp_path, manager)
+    save_steps(checkpoints, state, [1])
+    checkpoints.wait()
+    damage(tmp_path / "1" / file)
+    with pytest.raises(UnreadableCheckpointError, match=r"checkpoint of step 1 .* cannot be read"):
+        checkpoints.restore()
