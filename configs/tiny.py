@@ -34,9 +34,15 @@ def get_config() -> Config:
             z_loss_weight=1e-4,
         ),
         split=SplitConfig(stages=2, attention_workers=1, expert_workers=3),
-        batch=BatchConfig(sequence_length=128, tokens_per_worker=1024, micro_batches=4),
+        batch=BatchConfig(sequence_length=128, tokens_per_worker=512, micro_batches=4),
         optimizer=OptimizerConfig(
-            peak_learning_rate=6e-3, final_learning_rate=3e-4, warmup_steps=20
+            peak_learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=20
         ),
-        run=RunConfig(num_steps=300, compute_dtype=Dtype.FLOAT32, eval_every=100, log_every=10),
+        run=RunConfig(
+            num_steps=300,
+            compute_dtype=Dtype.FLOAT32,
+            log_every=10,
+            eval_every=100,
+            checkpoint_every=100,
+        ),
     )

@@ -38,7 +38,12 @@ def _parse(argv):
     """Parses flags; errors of the config file's overrides come as several exception types."""
     _refuse_unknown_fields(argv)
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        # A file that cannot be read shows only when the value is used.
+        if not isinstance(flags.FLAGS["config"].value, Config):
+            path = next((a.split("=", 1)[-1] for a in argv if "config" in a and ".py" in a), None)
+            _fail(f"--config = {path!r} must be a Python file whose get_config() returns a Config")
+        return rest
     except flags.Error as error:
         _fail(str(error))
     except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:

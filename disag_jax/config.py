@@ -161,6 +161,7 @@ class RunConfig:
       loss_chunk: tokens whose logits a worker holds at once.
       eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never).
       eval_batches: steps' worth of held-out text per evaluation.
+      keep_checkpoints: newest checkpoints that stay.
     """
 
     num_steps: int = 100
@@ -171,6 +172,7 @@ class RunConfig:
     eval_every: int = 0
     eval_batches: int = 4
     checkpoint_every: int = 0
+    keep_checkpoints: int = 3
 
 
 @dataclasses.dataclass
@@ -297,7 +299,7 @@ _POSITIVE = {
     "split": ("replicas", "stages", "attention_workers", "expert_workers"),
     "batch": ("sequence_length", "tokens_per_worker", "micro_batches"),
     "optimizer": ("peak_learning_rate", "eps", "max_grad_norm"),
-    "run": ("num_steps", "loss_chunk", "log_every", "eval_batches"),
+    "run": ("num_steps", "loss_chunk", "log_every", "eval_batches", "keep_checkpoints"),
 }  # fmt: skip
 
 _NOT_NEGATIVE = {

@@ -309,10 +309,11 @@ def main(config, max_periods: int | None):
 
 
 if __name__ == "__main__":
-    from absl import app, flags
-    from ml_collections import config_flags
+    from absl import flags
 
-    _CONFIG = config_flags.DEFINE_config_file("config")
+    from disag_jax import cli
+
+    _CONFIG = cli.define_config_flag()
     _MAX_PERIODS = flags.DEFINE_integer("max_periods", 40, "Periods to draw; 0 draws all.")
     flags.mark_flag_as_required("config")
-    app.run(lambda _: main(_CONFIG.value, _MAX_PERIODS.value))
+    cli.run(lambda: main(_CONFIG.value, _MAX_PERIODS.value))

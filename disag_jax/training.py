@@ -43,7 +43,9 @@ def train(config: Config, workdir: str, *, resume: bool = False) -> dict:
     inputs = load_inputs(config)
     directory = Workdir(workdir, config, resume=resume)
     stepper = Stepper(config, meshes)
-    checkpoints = Checkpoints(directory.checkpoints, stepper.manager)
+    checkpoints = Checkpoints(
+        directory.checkpoints, stepper.manager, keep_last=config.run.keep_checkpoints
+    )
     state = checkpoints.restore()[0] if resume else stepper.init(config.run.seed)
     print(report.start_up(stepper, inputs.description), flush=True)
     log = MetricsLog(directory.metrics)
@@ -104,7 +106,7 @@ def _loop(
             log.write(progress.record(state.step))
             print(progress.line(state.step), flush=True)
         if _due(state.step, config.run.checkpoint_every) or (last and config.run.checkpoint_every):
-            checkpoints.save(state, {"config": dataclasses.asdict(config)})
+            checkpoints.save(state, {"config": dataclasses.asdict(config)}, force=last)
         if _due(state.step, config.run.eval_every) and not last:
             _evaluate(stepper, state, inputs, log)
     return state

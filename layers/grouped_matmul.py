@@ -32,13 +32,14 @@ class ExpertOrder(NamedTuple):
 
 def tile_rows() -> int:
     """Rows of a tile on this backend: what the GPU's matrix units want, small elsewhere."""
-    return 128 if jax.default_backend() == "gpu" else 8
+    return 128 if jax.default_backend() == "gpu" else 32
 
 
 def sorted_rows(num_pairs: int, num_experts: int, tile: int) -> int:
-    """Sorted rows that hold `num_pairs` pairs however they fall on the experts."""
+    """The fewest sorted rows that hold `num_pairs` pairs however they fall on the experts."""
     used_experts = min(num_experts, num_pairs)
-    return -(-(num_pairs + used_experts * (tile - 1)) // tile) * tile
+    # At worst each expert's last tile holds one row.
+    return (num_pairs + used_experts * (tile - 1)) // tile * tile
 
 
 def order_by_expert(ids_nK, num_experts: int, num_sorted: int, tile: int):
@@ -69,12 +70,21 @@ def order_by_expert(ids_nK, num_experts: int, num_sorted: int, tile: int):
 def grouped_matmul(x_PD, w_EDF, tile_expert):
     """Returns [P, F]: each tile of rows times the weights of its expert.
 
-    Padding rows must be zero. This is the portable reference; a GPU kernel takes its place.
+    Padding rows must be zero; rows of unused tiles come out zero. This is the portable reference, a
+    tile at a time and only the used ones; a GPU kernel takes its place.
     """
-    num_tiles = tile_expert.shape[0]
-    x_tiles = x_PD.reshape(num_tiles, -1, x_PD.shape[-1])
-    w_tiles = w_EDF[jnp.minimum(tile_expert, w_EDF.shape[0] - 1)]
-    return jnp.einsum("ntd,ndf->ntf", x_tiles, w_tiles).reshape(x_PD.shape[0], -1)
+    num_experts, width = w_EDF.shape[0], w_EDF.shape[2]
+
+    def multiply(tile):
+        x_tile, expert = tile
+        return lax.cond(
+            expert < num_experts,
+            lambda: x_tile @ w_EDF[jnp.minimum(expert, num_experts - 1)],
+            lambda: jnp.zeros((x_tile.shape[0], width), x_tile.dtype),
+        )
+
+    tiles = (x_PD.reshape(tile_expert.shape[0], -1, x_PD.shape[1]), tile_expert)
+    return lax.map(multiply, tiles).reshape(-1, width)
 
 
 def _forward(x_PD, w_EDF, tile_expert):
@@ -93,8 +103,12 @@ def _weight_gradient(x_PD, dy_PF, tile_expert, w_EDF):
 
     def add_tile(dw_EDF, tile):
         x_tile, dy_tile, expert = tile
-        product = jnp.einsum("td,tf->df", x_tile, dy_tile, preferred_element_type=dw_EDF.dtype)
-        return dw_EDF.at[jnp.minimum(expert, num_experts - 1)].add(product), None
+
+        def add(dw_EDF):
+            product = jnp.einsum("td,tf->df", x_tile, dy_tile, preferred_element_type=dw_EDF.dtype)
+            return dw_EDF.at[expert].add(product)
+
+        return lax.cond(expert < num_experts, add, lambda dw_EDF: dw_EDF, dw_EDF), None
 
     tiles = (
         x_PD.reshape(num_tiles, -1, x_PD.shape[-1]),

@@ -1,0 +1,190 @@
+"""The command and the run: end to end, resumed, and with the mistakes that users make."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import tiny
+from disag_jax import report, training
+from disag_jax.config import ConfigError, SplitConfig
+from disag_jax.step import NonFiniteLossError, Stepper
+from tests import support
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """A config that trains in seconds on text written for the test, and a fresh workdir."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(4):
+        lines = (f"line {n} of file {number}, {n * n}\n" for n in range(200))
+        (text / f"{number}.txt").write_text("".join(lines))
+    config = support.small_config(
+        SplitConfig(stages=2, attention_workers=1, expert_workers=3), 4, vocab_size=256
+    )
+    config.data.paths = (str(text),)
+    config.run = dataclasses.replace(
+        config.run, num_steps=6, log_every=1, eval_batches=1, eval_every=3, checkpoint_every=2
+    )
+    return config, str(tmp_path / "run")
+
+
+def records(workdir) -> list[dict]:
+    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").open()]
+
+
+def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
+    config, workdir = small_run
+    result = training.train(config, workdir)
+    printed = capsys.readouterr().out
+    for fact in ("split", "experts 0-1", "parameters", "periods a step", "held-out loss", "bigram"):
+        assert fact in printed
+    steps = [r for r in records(workdir) if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 7))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    for field in ("expert_load", "dead_experts", "dropped_pairs", "tokens_per_second"):
+        assert field in steps[0]
+    assert result["held_out_loss"] == records(workdir)[-1]["held_out_loss"]
+
+    shutil.rmtree(pathlib.Path(workdir) / "checkpoints" / "6")  # as if killed after step 4
+    training.train(config, workdir, resume=True)
+    again = [r for r in records(workdir)[len(steps) + 2 :] if "loss" in r]
+    assert [r["step"] for r in again] == [5, 6]
+    for first, second in zip(steps[4:], again, strict=True):
+        assert first["loss"] == second["loss"] and first["gradient_norm"] == second["gradient_norm"]
+
+
+def test_nan_loss_stops_the_run_and_says_the_step(small_run, monkeypatch):
+    config, workdir = small_run
+    init = Stepper.init
+
+    def broken_init(self, seed):
+        state = init(self, seed)
+        return dataclasses.replace(
+            state, vocabulary={n: x * np.nan for n, x in state.vocabulary.items()}
+        )
+
+    monkeypatch.setattr(Stepper, "init", broken_init)
+    with pytest.raises(NonFiniteLossError, match="step 0: loss = nan"):
+        training.train(config, workdir)
+
+
+def change(config, section, **fields):
+    setattr(config, section, dataclasses.replace(getattr(config, section), **fields))
+
+
+def test_device_count(small_run):
+    config, workdir = small_run
+    change(config, "split", expert_workers=2)
+    with pytest.raises(ConfigError, match=r"split = 6 devices .* must equal the 8 cpu devices"):
+        training.train(config, workdir)
+
+
+def test_missing_text(small_run):
+    config, workdir = small_run
+    change(config, "data", paths=("/no/such/text",))
+    with pytest.raises(ConfigError, match=r"data\.paths = '/no/such/text' must"):
+        training.train(config, workdir)
+
+
+def test_token_outside_the_vocabulary(small_run):
+    config, workdir = small_run
+    change(config, "model", vocab_size=100)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size = 100 must"):
+        training.train(config, workdir)
+
+
+def test_text_too_short(small_run, tmp_path):
+    config, workdir = small_run
+    (tmp_path / "short.txt").write_text("a\nb\n")
+    change(config, "data", paths=(str(tmp_path / "short.txt"),))
+    with pytest.raises(ConfigError, match="fewer than one sequence"):
+        training.train(config, workdir)
+
+
+def test_used_workdir(small_run):
+    config, workdir = small_run
+    pathlib.Path(workdir).mkdir()
+    (pathlib.Path(workdir) / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"workdir = .* must be new: it holds another run"):
+        training.train(config, workdir)
+
+
+def test_unwritable_workdir(small_run, tmp_path):
+    config, _ = small_run
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"workdir = .* must be a writable directory"):
+        training.train(config, str(tmp_path / "file" / "run"))
+
+
+def test_resume_needs_a_run(small_run):
+    config, workdir = small_run
+    with pytest.raises(ConfigError, match="must hold a run to resume"):
+        training.train(config, workdir, resume=True)
+
+
+def test_resume_with_another_model(small_run):
+    config, workdir = small_run
+    pathlib.Path(workdir).mkdir()
+    before = dataclasses.asdict(config)
+    before["model"]["num_layers"] = 7
+    (pathlib.Path(workdir) / "config.json").write_text(json.dumps(before))
+    with pytest.raises(ConfigError, match=r"model\.num_layers = 2 must be 7"):
+        training.train(config, workdir, resume=True)
+
+
+@pytest.mark.parametrize("micro_batches, warns", [(4, False), (5, True), (8, False)])
+def test_uneven_waves_are_a_warning_with_the_idle_share(micro_batches, warns):
+    split = SplitConfig(stages=2, attention_workers=1, expert_workers=3)
+    stepper = support.make_stepper(support.small_config(split, micro_batches))
+    said = report.start_up(stepper, "text")
+    warning = f"batch.micro_batches = {micro_batches} should be a multiple of 2 * split.stages"
+    assert (warning in said) == warns
+    if warns:
+        assert f"the idle share is {stepper.schedule.idle_share:.3f}" in said
+
+
+COMMAND_MISTAKES = {
+    "unknown field": (
+        ["--config.model.num_layer=3"],
+        "config.model.num_layer = '3' must be a field of ModelConfig: vocab_size, num_layers",
+    ),
+    "unknown section": (["--config.modle.top_k=3"], "config.modle.top_k = '3' must be a field of"),
+    "wrong type": (["--config.model.num_layers=few"], "--config.model.num_layers=few"),
+    "not a choice": (["--config.model.router_score=best"], "softmax|sigmoid"),
+    "broken rule": (["--config.model.top_k=13"], "model.top_k = 13 must be at most"),
+    "stray argument": (["configs/tiny.py"], "argument 'configs/tiny.py' must be a flag"),
+    "missing file": (
+        ["--config=configs/none.py"],
+        "--config = 'configs/none.py' must be a Python file whose get_config() returns a Config",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMAND_MISTAKES)
+@pytest.mark.timeout(60)
+def test_command_tells_a_mistake_in_one_sentence(name, tmp_path):
+    arguments, sentence = COMMAND_MISTAKES[name]
+    command = [
+        sys.executable, "train.py", f"--workdir={tmp_path}/run", "--cpu_devices=8",
+        *([] if name == "missing file" else ["--config=configs/tiny.py"]), *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_tiny_config_is_the_promised_split():
+    config = tiny.get_config().validate()
+    split = config.split
+    assert (split.stages, split.attention_workers, split.expert_workers) == (2, 1, 3)
+    assert split.num_devices == 8 and config.model.num_experts == 12
