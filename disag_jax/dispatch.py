@@ -24,8 +24,8 @@ class Message(NamedTuple):
     Attributes:
       x: [R, C, D], hidden state before the post-attention norm; from an expert worker, its share of
         the finished hidden state.
-      gate: [R, C, K], gate of each choice, 0 where the receiver does not hold the expert.
-      expert_id: int32 [R, C, K], place of the expert on the receiver, -1 = not there.
+      gate: [R, C, K], gate of each choice, 0 where `expert_id` is -1.
+      expert_id: int32 [R, C, K], place of the expert on the receiver, -1 = not there or dropped.
       origin: int32 [R, C], which copy of which token, 0 = empty row.
     """
 

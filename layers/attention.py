@@ -21,7 +21,7 @@ class AttentionKernel(enum.StrEnum):
 
 
 def default_kernel(dtype) -> AttentionKernel:
-    """cuDNN's flash attention where it exists (GPU, 16-bit types), else einsum."""
+    """cuDNN's flash attention for bfloat16 on a GPU, else einsum."""
     on_gpu = jax.default_backend() == "gpu"
     return AttentionKernel.CUDNN if on_gpu and dtype == jnp.bfloat16 else AttentionKernel.EINSUM
 

@@ -33,8 +33,7 @@ class Experts(nnx.Module):
 
     def __call__(self, x_nD, gate_nK, order: ExpertOrder):
         """Returns [n, D]: the gated sum of each row's experts, zeros for a row without any."""
-        top_k = gate_nK.shape[1]
-        row = jnp.where(order.pair >= 0, order.pair // top_k, -1)
+        row = jnp.where(order.pair >= 0, order.pair // gate_nK.shape[1], -1)
         with jax.named_scope("sort_rows"):
             x_PD = spread(x_nD, row, order.position)
             gate_P1 = spread(gate_nK.reshape(-1, 1), order.pair, order.position.reshape(-1, 1))

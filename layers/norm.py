@@ -14,7 +14,8 @@ def rms_norm(x, scale, eps):
     """
     wide = x.astype(accumulation_dtype(x.dtype))
     inverse_rms = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * inverse_rms).astype(x.dtype) * scale.astype(x.dtype)
+    # The scale is applied wide, so that its gradient is a wide sum over all rows.
+    return (wide * inverse_rms * scale.astype(wide.dtype)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

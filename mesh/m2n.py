@@ -60,9 +60,10 @@ def _exchange(words, rounds):
 
 
 def pick_slots(words, rank, num_senders: int):
-    """An expert worker's slots that have a sender, in slot order: [R, ...] -> [M, ...].
+    """An expert worker's slots that have a sender: [R, ...] -> [M, ...].
 
-    `rank` (traced) is the expert rank; slot r comes from attention rank (rank - r) mod R.
+    `rank` (traced) is the expert rank; attention rank i sends in slot (rank - i) mod R. The result
+    is in the senders' order, except that where every slot has a sender nothing moves.
     """
     rounds = words.shape[0]
     if num_senders == rounds:

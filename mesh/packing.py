@@ -23,7 +23,7 @@ class RowLayout:
 
     def pack(self, tree, num_columns: int):
         """Leaves [v, *shape] to rows [v, num_columns], zeros past the layout's end."""
-        leaves = jax.tree.leaves(tree)
+        leaves = self.treedef.flatten_up_to(tree)
         flat = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
         assert flat.shape[1] == self.num_columns, (flat.shape, self.num_columns)
         return jnp.pad(flat, ((0, 0), (0, num_columns - self.num_columns)))
@@ -46,7 +46,8 @@ class RowLayout:
 
     def add(self, rows, row, tree):
         """Adds leaves [*shape] into one row (a traced index) in place, in the type of `rows`."""
-        for value, (_, offset, size) in zip(jax.tree.leaves(tree), self._spans(), strict=True):
+        values = self.treedef.flatten_up_to(tree)
+        for value, (_, offset, size) in zip(values, self._spans(), strict=True):
             old = lax.dynamic_slice(rows, _at(row, offset), (1, size))
             new = old + value.reshape(1, size).astype(rows.dtype)
             rows = lax.dynamic_update_slice(rows, new, _at(row, offset))

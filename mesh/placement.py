@@ -111,7 +111,7 @@ class Meshes:
 
     @classmethod
     def make(cls, placement: Placement, devices) -> "Meshes":
-        """Builds the meshes over the first devices; ValueError if there are not exactly enough."""
+        """Builds the meshes over exactly `placement.num_devices` devices; else ValueError."""
         if len(devices) != placement.num_devices:
             raise ValueError(
                 f"devices = {len(devices)} must equal split.replicas * split.stages * "

@@ -1,0 +1,76 @@
+"""Transport capacities: rising, the last one never overflowed, the expected load as by counting."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disag_jax.config import SplitConfig
+from disag_jax.geometry import buckets, make_geometry
+from layers.grouped_matmul import tile_rows
+from mesh.placement import ExpertPlaces
+from tests import support
+
+
+def config_of(attention, expert, factors=(), **model):
+    split = SplitConfig(
+        attention_workers=attention, expert_workers=expert, bucket_factors=tuple(factors)
+    )
+    return support.small_config(split, **model)
+
+
+@st.composite
+def configs(draw):
+    num_experts = draw(st.integers(1, 12))
+    return config_of(
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, num_experts)),
+        draw(st.lists(st.sampled_from([1.0, 1.25, 1.5, 2.0, 4.0]), max_size=3)),
+        num_experts=num_experts,
+        top_k=draw(st.integers(1, num_experts)),
+        num_shared_experts=draw(st.integers(0, 2)),
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(configs())
+def test_buckets_rise_and_are_whole_tiles(config):
+    found = buckets(config)
+    assert make_geometry(config).bucket == found[-1]
+    for low, high in itertools.pairwise(found):
+        assert low != high and low.rows <= high.rows and low.sorted_rows <= high.sorted_rows
+    assert all(bucket.sorted_rows % tile_rows() == 0 for bucket in found)
+
+
+@settings(max_examples=50, deadline=None)
+@given(configs(), st.data())
+def test_nothing_overflows_the_last_bucket(config, data):
+    """Every token visits one worker: as many of its experts as it may, and the shared ones."""
+    worst, model = buckets(config)[-1], config.model
+    tokens = config.split.attention_workers * config.batch.tokens_per_worker
+    held = ExpertPlaces(model.num_experts, config.split.expert_workers).per_worker
+    visited = min(model.top_k, held)
+    # How many of the tokens take each set of experts.
+    sets = list(itertools.combinations(range(held), visited))
+    weights = data.draw(st.lists(st.integers(0, 9), min_size=len(sets), max_size=len(sets)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    chances = (np.array(weights) + 1e-9) / np.sum(np.array(weights) + 1e-9)
+    sizes = [0] * held + [tokens] * model.num_shared_experts
+    for experts, count in zip(sets, rng.multinomial(tokens, chances), strict=True):
+        for expert in experts:
+            sizes[expert] += count
+    assert sum(-(-size // tile_rows()) * tile_rows() for size in sizes) <= worst.sorted_rows
+    assert config.batch.tokens_per_worker <= worst.rows
+
+
+@pytest.mark.parametrize(("expert_workers", "top_k"), [(1, 2), (3, 2), (3, 3), (7, 1)])
+def test_the_expected_rows_are_those_of_even_routing(expert_workers, top_k):
+    config = config_of(2, expert_workers, [1.0], num_experts=7, top_k=top_k)
+    config.batch.tokens_per_worker = tokens = 800
+    here = set(range(ExpertPlaces(7, expert_workers).per_worker))
+    choices = list(itertools.combinations(range(7), top_k))
+    expected = tokens * sum(bool(here & set(c)) for c in choices) / len(choices)
+    assert buckets(config)[0].rows == math.ceil(round(expected, 6) / 8) * 8

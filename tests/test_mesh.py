@@ -1,0 +1,442 @@
+"""Placement, transfers, words, rows and views: bookkeeping, against the rules it must keep."""
+
+import functools
+import itertools
+import math
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mesh.m2n import RingTransport, forward_pairs, pick_slots, place_slots
+from mesh.packing import RowLayout
+from mesh.placement import ALL_DEVICES, ExpertPlaces, Meshes, Placement, Whoami
+from mesh.roles import Role
+from mesh.views import rewrap, role_views, union_view
+from mesh.wire import WordCodec
+
+placements = st.builds(
+    Placement, st.integers(1, 3), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6)
+)
+ON_EIGHT = [
+    Placement(1, 1, 1, 1), Placement(1, 2, 2, 2), Placement(1, 1, 3, 5), Placement(1, 4, 1, 1),
+    Placement(1, 1, 7, 1), Placement(2, 2, 1, 1), Placement(1, 2, 1, 3), Placement(2, 1, 3, 1),
+]  # fmt: skip
+
+
+def sizes_of(placement):
+    return {Role.ATTENTION: placement.attention_workers, Role.EXPERT: placement.expert_workers}
+
+
+def every_worker(placement):
+    """(stage, role, rank) of all workers, in worker order."""
+    for stage in range(placement.stages):
+        for role in Role:
+            for rank in range(sizes_of(placement)[role]):
+                yield stage, role, rank
+
+
+@functools.cache
+def meshes_of(placement):
+    return Meshes.make(placement, jax.devices()[: placement.num_devices])
+
+
+def on_workers(placement, function, *arrays):
+    """`function` of each worker's own rows of arrays [W, ...], stacked to [W, ...] again."""
+    spec = PartitionSpec(ALL_DEVICES)
+    mapped = jax.shard_map(
+        lambda *own: jax.tree.map(lambda x: x[None], function(*(x[0] for x in own))),
+        mesh=meshes_of(placement).union, in_specs=spec, out_specs=spec, check_vma=False,
+    )  # fmt: skip
+    return jax.device_get(jax.jit(mapped)(*arrays))
+
+
+# Placement
+
+
+@settings(deadline=None)
+@given(placements)
+def test_describe_is_the_inverse_of_worker(placement):
+    described = [placement.describe(worker) for worker in range(placement.workers)]
+    assert described == list(every_worker(placement))
+    assert [placement.worker(*who) for who in described] == list(range(placement.workers))
+    assert placement.num_devices == placement.replicas * placement.workers
+
+
+@settings(deadline=None)
+@given(placements)
+def test_groups_are_partitions_and_share_no_group_of_several_devices(placement):
+    partitions = placement.role_groups(), placement.stage_groups()
+    for partition in partitions:
+        assert sorted(itertools.chain(*partition)) == list(range(placement.workers))
+    several = [{tuple(g) for g in groups if len(g) > 1} for groups in partitions]
+    assert not several[0] & several[1]
+    for groups, part in zip(partitions, (slice(2), slice(1)), strict=True):
+        for group in groups:
+            assert len({placement.describe(worker)[part] for worker in group}) == 1
+
+
+@pytest.mark.parametrize("placement", [Placement(1, 2, 1, 3), Placement(2, 2, 1, 1)], ids=str)
+def test_whoami_describes_the_executing_worker(placement):
+    def describe(_):
+        me = Whoami.of(placement)
+        return jnp.stack([me.replica, me.worker, me.stage, me.is_attention, me.rank])
+
+    found = on_workers(placement, describe, np.zeros(placement.num_devices))
+    for index, row in enumerate(found):
+        replica, worker = divmod(index, placement.workers)
+        stage, role, rank = placement.describe(worker)
+        assert row.tolist() == [replica, worker, stage, role is Role.ATTENTION, rank]
+
+
+def test_meshes_hold_each_device_in_its_roles_submesh():
+    placement = Placement(2, 1, 3, 1)
+    meshes = meshes_of(placement)
+    for role, mesh in ((Role.ATTENTION, meshes.attention), (Role.EXPERT, meshes.expert)):
+        for (replica, stage, rank), device in np.ndenumerate(mesh.devices):
+            worker = placement.worker(stage, role, rank)
+            assert meshes.union.devices[replica, worker] is device
+    with pytest.raises(ValueError, match=r"devices = 7 must equal .* = 8"):
+        Meshes.make(placement, jax.devices()[:7])
+
+
+# Places of experts
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_each_expert_has_one_place_and_shares_are_even(num_experts, num_workers):
+    places = ExpertPlaces(num_experts, num_workers)
+    table = places.place_experts().reshape(num_workers, places.per_worker)
+    held = [row[row >= 0].tolist() for row in table]
+    assert held == [list(places.share(worker)) for worker in range(num_workers)]
+    assert list(itertools.chain(*held)) == list(range(num_experts))
+    sizes = [len(share) for share in held]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == places.per_worker
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_expert_places_is_the_inverse_of_place_experts(num_experts, num_workers):
+    places = ExpertPlaces(num_experts, num_workers)
+    experts, of_expert = places.place_experts(), places.expert_places()
+    np.testing.assert_array_equal(experts[of_expert], np.arange(num_experts))
+    assert (np.delete(experts, of_expert) == -1).all()
+    for worker in range(num_workers):
+        assert (of_expert[list(places.share(worker))] // places.per_worker == worker).all()
+
+
+# Transfers
+
+
+@settings(deadline=None)
+@given(placements)
+def test_a_round_uses_each_worker_once_and_the_rounds_every_pair_once(placement):
+    rounds = forward_pairs(placement)
+    assert len(rounds) == placement.rounds
+    for pairs in rounds:
+        assert pairs
+        for end in zip(*pairs, strict=True):
+            assert len(set(end)) == len(end)
+    expected = set()
+    for stage in range(placement.stages):
+        for i, j in itertools.product(*map(range, sizes_of(placement).values())):
+            expert = placement.worker(stage, Role.EXPERT, j)
+            expected.add((placement.worker(stage, Role.ATTENTION, i), expert))
+            next_stage = (stage + 1) % placement.stages
+            expected.add((expert, placement.worker(next_stage, Role.ATTENTION, i)))
+    pairs = list(itertools.chain(*rounds))
+    assert set(pairs) == expected and len(pairs) == len(expected)
+
+
+@settings(deadline=None)
+@given(placements)
+def test_slots_agree_with_the_rounds(placement):
+    """Slot r of attention rank i is expert rank (i + r) mod R, and its slot r is that rank i."""
+    slots = np.arange(placement.rounds)
+    for r, pairs in enumerate(forward_pairs(placement)):
+        for source, target in pairs:
+            _, role, rank = placement.describe(source)
+            other = placement.describe(target)[2]
+            i, j = (rank, other) if role is Role.ATTENTION else (other, rank)
+            assert j == (i + r) % placement.rounds
+            assert r in pick_slots(slots, j, placement.attention_workers)
+    for j in range(placement.expert_workers):
+        picked = pick_slots(slots, j, placement.attention_workers)
+        senders = (j - np.asarray(picked)) % placement.rounds
+        assert sorted(senders) == list(range(placement.attention_workers))
+
+
+@pytest.mark.parametrize(("num_senders", "rounds"), [(1, 1), (3, 3), (1, 4), (3, 5)])
+def test_place_slots_is_the_inverse_of_pick_slots(num_senders, rounds):
+    words = np.arange(1, 2 * rounds + 1, dtype=np.uint16).reshape(rounds, 2)
+    for rank in range(rounds):
+        picked = pick_slots(words, rank, num_senders)
+        assert picked.shape == (num_senders, 2)
+        placed = np.asarray(place_slots(picked, rank, rounds))
+        np.testing.assert_array_equal(pick_slots(placed, rank, num_senders), picked)
+        has_sender = (rank - np.arange(rounds)) % rounds < num_senders
+        np.testing.assert_array_equal(placed, np.where(has_sender[:, None], words, 0))
+
+
+@pytest.mark.parametrize("placement", ON_EIGHT, ids=str)
+def test_a_transfer_brings_every_slot_to_its_partner_and_back(placement):
+    def there_and_back(words):
+        transport = RingTransport(placement)
+        arrived = transport.send_forward(words)
+        return arrived, transport.send_backward(arrived)
+
+    num_workers, rounds = placement.workers, placement.rounds
+    shape = (placement.num_devices, rounds, 2)
+    sent = np.arange(1, np.prod(shape) + 1, dtype=np.uint32).reshape(shape)
+    arrived, returned = on_workers(placement, there_and_back, sent)
+    for replica in range(placement.replicas):
+        for worker, (stage, role, rank) in enumerate(every_worker(placement)):
+            at = replica * num_workers + worker
+            for r in range(rounds):
+                if role is Role.ATTENTION:
+                    other_role, partner = Role.EXPERT, (rank + r) % rounds
+                else:
+                    other_role, partner = Role.ATTENTION, (rank - r) % rounds
+                if partner >= sizes_of(placement)[other_role]:
+                    assert not arrived[at, r].any() and not returned[at, r].any()
+                    continue
+                from_stage = (stage - (role is Role.ATTENTION)) % placement.stages
+                source = placement.worker(from_stage, other_role, partner)
+                np.testing.assert_array_equal(
+                    arrived[at, r], sent[replica * num_workers + source, r]
+                )
+                np.testing.assert_array_equal(returned[at, r], sent[at, r])
+
+
+# Words
+
+WORDS = {
+    "bfloat16": (ml_dtypes.bfloat16, np.float32),
+    "float32": (np.float32, np.float32),
+    "float64": (np.float64, np.float64),
+}
+
+
+def bits_of(array):
+    array = np.asarray(array)
+    return array.view(f"uint{8 * array.dtype.itemsize}")
+
+
+def assert_same_bits(actual, expected):
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    np.testing.assert_array_equal(bits_of(actual), bits_of(expected))
+
+
+def codec_of(name):
+    compute, wide = WORDS[name]
+    template = {
+        "x": jax.ShapeDtypeStruct((2, 3), compute),
+        "gate": jax.ShapeDtypeStruct((3,), wide),
+        "id": jax.ShapeDtypeStruct((2, 2), np.int32),
+        "count": jax.ShapeDtypeStruct((), np.int32),
+    }
+    return WordCodec(template, compute), template
+
+
+@functools.cache
+def round_trip(name):
+    codec, _ = codec_of(name)
+
+    @jax.jit
+    def run(tree):
+        words = codec.encode(tree)
+        longer = jnp.concatenate([words, jnp.ones_like(words)], axis=-1)
+        return words, codec.decode(words), codec.decode(longer)
+
+    return run
+
+
+def special_floats(dtype):
+    """-0, infinities, a subnormal, and quiet and signalling NaNs of a payload."""
+    dtype = np.dtype(dtype)
+    info, unsigned = ml_dtypes.finfo(dtype), f"uint{8 * dtype.itemsize}"
+    infinity = bits_of(np.array(np.inf, dtype))[()]
+    one, quiet = infinity.dtype.type(1), infinity.dtype.type(1 << (info.nmant - 1))
+    sign = one << (8 * dtype.itemsize - 1)
+    nans = [infinity | quiet | one, infinity | one, sign | infinity | quiet, sign | infinity | one]
+    return np.array([sign, infinity, sign | infinity, one, *nans], unsigned).view(dtype)
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("name", WORDS)
+def test_words_keep_every_bit(name, lead):
+    codec, template = codec_of(name)
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        shape = (*lead, *leaf.shape)
+        random = rng.bytes(math.prod(shape) * leaf.dtype.itemsize)
+        return np.frombuffer(random, leaf.dtype).reshape(shape)
+
+    tree = jax.tree.map(fill, template)
+    words, decoded, decoded_longer = round_trip(name)(tree)
+    assert words.shape == (*lead, codec.num_words)
+    assert words.dtype == codec.word_dtype == codec.zeros(*lead).dtype
+    assert words.shape == codec.zeros(*lead).shape
+    for result in (decoded, decoded_longer):
+        jax.tree.map(assert_same_bits, result, tree)
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_keep_negative_zero_and_the_payload_of_a_nan(name):
+    compute, wide = map(np.dtype, WORDS[name])
+    template = [jax.ShapeDtypeStruct((8,), dtype) for dtype in (compute, wide)]
+    codec = WordCodec(template, compute)
+    tree = [special_floats(dtype) for dtype in (compute, wide)]
+    back = jax.jit(lambda tree: codec.decode(codec.encode(tree)))(tree)
+    jax.tree.map(assert_same_bits, back, tree)
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_zero_words_are_a_tree_of_zeros(name):
+    codec, template = codec_of(name)
+    zeros = jax.tree.map(lambda leaf: np.zeros((2, *leaf.shape), leaf.dtype), template)
+    jax.tree.map(assert_same_bits, codec.decode(codec.zeros(2)), zeros)
+
+
+def test_activations_take_one_word_each_and_others_as_many_as_they_need():
+    assert codec_of("bfloat16")[0].num_words == 6 + 2 * (3 + 4 + 1)
+    assert codec_of("float32")[0].num_words == codec_of("float64")[0].num_words == 6 + 3 + 4 + 1
+
+
+def test_encode_refuses_a_tree_of_other_types_or_shapes():
+    codec, template = codec_of("float32")
+    tree = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template)
+    for wrong in ({**tree, "x": tree["x"].T}, {**tree, "id": tree["id"] * 1.0}, {"x": tree["x"]}):
+        with pytest.raises(AssertionError):
+            codec.encode(wrong)
+
+
+@settings(max_examples=20, deadline=None)
+@given(hnp.arrays(np.int32, 4))
+def test_every_int32_survives_wider_words(values):
+    codec = WordCodec(jax.ShapeDtypeStruct((4,), np.int32), np.float64)
+    np.testing.assert_array_equal(codec.decode(codec.encode(jnp.asarray(values))), values)
+
+
+# Rows
+
+LEAVES = {"a": {"w": (2, 3), "scale": (2,)}, "b": (4,), "c": {"v": (1, 2, 2)}}
+NUM_ROWS, NUM_COLUMNS = 3, 20
+
+
+def layout_of():
+    template = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, np.float32), LEAVES,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )  # fmt: skip
+    return RowLayout(template), template
+
+
+def random_leaves(template, *lead, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(size=(*lead, *leaf.shape)), template)
+
+
+def assert_trees_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_unpack_and_read_undo_pack():
+    layout, template = layout_of()
+    leaves = random_leaves(template, NUM_ROWS)
+    rows = layout.pack(leaves, NUM_COLUMNS)
+    assert rows.shape == (NUM_ROWS, NUM_COLUMNS) and layout.num_columns == 16
+    assert not rows[:, 16:].any()
+    assert_trees_equal(layout.unpack(rows), leaves)
+    read = jax.jit(layout.read)
+    for row in range(NUM_ROWS):
+        one = jax.tree.map(lambda leaf, r=row: leaf[r], leaves)
+        assert_trees_equal(read(rows, np.int32(row)), one)
+
+
+def test_add_changes_one_row_by_the_leaves_of_one_layer():
+    layout, template = layout_of()
+    rows = np.random.default_rng(1).normal(size=(NUM_ROWS, NUM_COLUMNS))
+    leaves = random_leaves(template)
+    added = np.asarray(jax.jit(layout.add)(rows, np.int32(1), leaves)) - rows
+    assert not added[[0, 2]].any() and not added[:, 16:].any()
+    expected = layout.pack(jax.tree.map(lambda leaf: leaf[None], leaves), NUM_COLUMNS)[0]
+    np.testing.assert_allclose(added[1], expected, atol=1e-15)
+
+
+def test_add_sums_in_the_type_of_the_rows():
+    layout = RowLayout([jax.ShapeDtypeStruct((1,), jnp.bfloat16)])
+    rows = jnp.full((1, 1), 256, jnp.float32)
+    added = layout.add(rows, jnp.int32(0), [jnp.ones(1, jnp.bfloat16)])
+    assert added.dtype == jnp.float32 and added[0, 0] == 257
+
+
+def test_pack_and_add_refuse_another_tree():
+    layout = layout_of()[0]
+    renamed = {"a": {"w": np.zeros((1, 6)), "bias": np.zeros((1, 2))}, "b": np.zeros((1, 8))}
+    with pytest.raises(ValueError):
+        layout.pack(renamed, NUM_COLUMNS)
+    with pytest.raises(ValueError):
+        layout.add(jnp.zeros((1, NUM_COLUMNS)), jnp.int32(0), renamed)
+
+
+def test_columns_are_where_a_branch_lies():
+    layout, template = layout_of()
+    for branch in LEAVES:
+        marked = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape)), template)
+        marked[branch] = jax.tree.map(np.ones_like, marked[branch])
+        row = np.asarray(layout.pack(marked, NUM_COLUMNS))[0]
+        columns = layout.columns(branch)
+        assert row[columns].all() and row.sum() == columns.stop - columns.start
+    assert layout.columns("absent") == slice(0, 0)
+
+
+# Views
+
+
+def pointers(*arrays):
+    """{device: address of the buffer}"""
+    shards = itertools.chain(*(array.addressable_shards for array in arrays))
+    return {shard.device: shard.data.unsafe_buffer_pointer() for shard in shards}
+
+
+@pytest.mark.parametrize("placement", [Placement(1, 2, 2, 2), Placement(2, 1, 1, 3)], ids=str)
+def test_views_are_the_same_buffers(placement):
+    meshes, stages = meshes_of(placement), placement.stages
+    # What a worker's rows hold: its stage and, on an expert worker, its rank.
+    of_worker = [
+        10 * stage + (1 + rank if role is Role.EXPERT else 0)
+        for stage, role, rank in every_worker(placement)
+    ]
+    host = np.tile(of_worker, placement.replicas)[:, None, None] * np.ones((1, 2, 3))
+    rows = jax.device_put(host, NamedSharding(meshes.union, PartitionSpec(ALL_DEVICES)))
+    attention, expert = role_views(meshes, rows)
+    assert attention.shape == (stages, 2, 3)
+    assert expert.shape == (stages * placement.expert_workers, 2, 3)
+    np.testing.assert_array_equal(attention[:, 0, 0], 10 * np.arange(stages))
+    expected = [10 * g + 1 + j for g in range(stages) for j in range(placement.expert_workers)]
+    np.testing.assert_array_equal(expert[:, 0, 0], expected)
+    again = union_view(meshes, attention, expert)
+    assert again.sharding == rows.sharding
+    np.testing.assert_array_equal(again, host)
+    assert pointers(rows) == pointers(attention, expert) == pointers(again)
+
+
+def test_rewrap_keeps_the_buffers_of_another_mesh_shape():
+    meshes = meshes_of(Placement(1, 2, 2, 2))
+    flat = NamedSharding(meshes.union, PartitionSpec(ALL_DEVICES))
+    array = jax.device_put(np.arange(16.0).reshape(8, 2), flat)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("a", "b"))
+    square = NamedSharding(mesh, PartitionSpec("a", "b"))
+    again = rewrap([array], (2, 8), square, array.dtype)
+    assert pointers(again) == pointers(array)
+    np.testing.assert_array_equal(again, np.arange(16.0).reshape(2, 8))
