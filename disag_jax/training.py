@@ -6,7 +6,7 @@ import time
 import jax
 import numpy as np
 
-from disag_jax import report, text
+from disag_jax import startup_report, text
 from disag_jax.batches import Batches
 from disag_jax.bigram import BigramModel
 from disag_jax.checkpoint import Checkpoints
@@ -47,7 +47,7 @@ def train(config: Config, workdir: str, *, resume: bool = False) -> dict:
         directory.checkpoints, stepper.manager, keep_last=config.run.keep_checkpoints
     )
     state = checkpoints.restore()[0] if resume else stepper.init(config.run.seed)
-    print(report.start_up(stepper, inputs.description), flush=True)
+    print(startup_report.start_up(stepper, inputs.description), flush=True)
     log = MetricsLog(directory.metrics)
     try:
         state = _loop(config, stepper, state, inputs, log, checkpoints)
@@ -122,7 +122,7 @@ def _evaluate(stepper: Stepper, state: TrainState, inputs: Inputs, log) -> dict:
         "bigram_loss": inputs.bigram_loss,
     }
     log.write(result)
-    print(report.evaluation(result), flush=True)
+    print(startup_report.evaluation(result), flush=True)
     return result
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from disag_jax import report, training
+from disag_jax import startup_report, training
 from disag_jax.config import ConfigError, SplitConfig
 from disag_jax.step import NonFiniteLossError, Stepper
 from tests import support
@@ -145,7 +145,7 @@ def test_resume_with_another_model(small_run):
 def test_uneven_waves_are_a_warning_with_the_idle_share(micro_batches, warns):
     split = SplitConfig(stages=2, attention_workers=1, expert_workers=3)
     stepper = support.make_stepper(support.small_config(split, micro_batches))
-    said = report.start_up(stepper, "text")
+    said = startup_report.start_up(stepper, "text")
     warning = f"batch.micro_batches = {micro_batches} should be a multiple of 2 * split.stages"
     assert (warning in said) == warns
     if warns:

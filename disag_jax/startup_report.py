@@ -1,4 +1,4 @@
-"""What a run says of itself: the start-up report and evaluation results, as text."""
+"""What a run says of itself at its start and after an evaluation, as text."""
 
 import math
 
