@@ -219,6 +219,13 @@ class Config:
             f"at most model.num_experts ({model.num_experts})",
         )
         _require(
+            not model.normalize_gates or model.top_k > 1 or model.num_experts == 1,
+            "model.normalize_gates",
+            model.normalize_gates,
+            "False with model.top_k = 1: a single normalized gate is always 1, and the router "
+            "would learn nothing from the loss",
+        )
+        _require(
             model.num_heads % model.num_kv_heads == 0,
             "model.num_heads",
             model.num_heads,

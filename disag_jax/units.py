@@ -182,10 +182,13 @@ class ExpertUnit:
     def forward(self, params, message: Message):
         """Returns (Message [M, C] of finished shares, ExpertStash, sorted rows needed)."""
         g = self.geometry
-        residual = carries_residual(message.origin.reshape(-1), g.F)
+        origin = message.origin.reshape(-1)
+        residual = carries_residual(origin, g.F)
+        # A slot that nobody sent arrives as zeros: only its origins say that it is empty.
+        expert_id = jnp.where(origin[:, None] > 0, message.expert_id.reshape(-1, g.K), -1)
         with jax.named_scope("order_by_expert"):
             order, needed = order_by_expert(
-                self._with_shared(message.expert_id.reshape(-1, g.K), residual),
+                self._with_shared(expert_id, residual),
                 g.places.per_worker + self.num_shared,
                 g.P,
                 g.tile,

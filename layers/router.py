@@ -8,6 +8,7 @@ Legend: B sequences, S positions, T = B*S tokens, D model width, E experts, K ch
 """
 
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from flax import nnx
 from jax import lax
 
 from layers.dtypes import accumulation_dtype
+
+# Keeps sums of sigmoid scores, which can all underflow, from dividing by zero.
+TINY = 1e-20
 
 
 class Router(nnx.Module):
@@ -54,7 +58,7 @@ def gates_at(scores_TE, ids_TK, *, normalize: bool, scale: float):
     # A masked sum, not a gather: the transpose of a gather would be a scatter-add.
     gates_TK = jnp.sum(jnp.where(chosen_TKE, scores_TE[:, None, :], 0), axis=-1)
     if normalize:
-        gates_TK = gates_TK / jnp.sum(gates_TK, axis=-1, keepdims=True)
+        gates_TK = gates_TK / (jnp.sum(gates_TK, axis=-1, keepdims=True) + TINY)
     return gates_TK * scale
 
 
@@ -64,8 +68,9 @@ def choice_counts(ids_BSK, num_experts: int):
 
 
 def expert_capacity(capacity_factor: float, seq_len: int, top_k: int, num_experts: int) -> int:
-    """Tokens of one sequence that one expert keeps at most."""
-    return math.ceil(capacity_factor * seq_len * top_k / num_experts)
+    """Tokens of one sequence that one expert keeps at most: the ceiling of the exact product."""
+    # In floats 1.1 * 100 * 1 / 10 is a little more than 11, and its ceiling 12.
+    return math.ceil(Fraction(str(capacity_factor)) * seq_len * top_k / num_experts)
 
 
 def within_capacity(ids_BSK, num_experts: int, capacity: int):
@@ -87,7 +92,7 @@ def balance_loss(scores_BSE, counts_BE, top_k: int):
     """
     seq_len, num_experts = scores_BSE.shape[1:]
     fraction_BE = counts_BE * (num_experts / (top_k * seq_len))
-    share_BSE = scores_BSE / jnp.sum(scores_BSE, axis=-1, keepdims=True)
+    share_BSE = scores_BSE / (jnp.sum(scores_BSE, axis=-1, keepdims=True) + TINY)
     return jnp.sum(fraction_BE * jnp.mean(share_BSE, axis=1), axis=-1)
 
 

@@ -12,6 +12,7 @@ Every function is pure and may be compiled with the configuration closed over:
 """
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
@@ -138,7 +139,7 @@ def capacity(model: ModelConfig, S: int) -> float:
     """Returns how many tokens of one sequence of S an expert keeps."""
     if model.capacity_factor is None:
         return math.inf
-    return math.ceil(model.capacity_factor * S * model.top_k / model.num_experts)
+    return math.ceil(Fraction(str(model.capacity_factor)) * S * model.top_k / model.num_experts)
 
 
 def route(model: ModelConfig, logits_SE, bias_E) -> Routing:

@@ -45,7 +45,7 @@ POSITIVE = [
     *fields("split", "replicas stages attention_workers expert_workers"),
     *fields("batch", "sequence_length tokens_per_worker micro_batches"),
     *fields("optimizer", "peak_learning_rate eps max_grad_norm"),
-    *fields("run", "num_steps loss_chunk log_every eval_batches"),
+    *fields("run", "num_steps loss_chunk log_every eval_batches keep_checkpoints"),
 ]
 
 
@@ -110,6 +110,7 @@ RELATIONS = [
         {},
     ),
     ("model.top_k", 2, "at most model.num_experts (1)", {"model__num_experts": 1}),
+    ("model.normalize_gates", True, "False with model.top_k = 1", {"model__top_k": 1}),
 ]  # fmt: skip
 
 
