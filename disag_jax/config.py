@@ -162,6 +162,8 @@ class RunConfig:
       eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never).
       eval_batches: steps' worth of held-out text per evaluation.
       keep_checkpoints: newest checkpoints that stay.
+      peak_tflops_per_device: what MFU is measured against, in TFLOP/s; None takes the data sheet's
+        bfloat16 figure (disag_jax/flops.py), and leaves MFU out where there is none.
     """
 
     num_steps: int = 100
@@ -173,6 +175,7 @@ class RunConfig:
     eval_batches: int = 4
     checkpoint_every: int = 0
     keep_checkpoints: int = 3
+    peak_tflops_per_device: float | None = None
 
 
 @dataclasses.dataclass
@@ -282,6 +285,9 @@ class Config:
         factor = self.model.capacity_factor
         if factor is not None:
             _require(factor > 0, "model.capacity_factor", factor, "greater than 0, or None")
+        peak = self.run.peak_tflops_per_device
+        if peak is not None:
+            _require(peak > 0, "run.peak_tflops_per_device", peak, "greater than 0, or None")
         _require(self.split.hop in (1, 2), "split.hop", self.split.hop, "1 or 2")
         _require(
             all(factor >= 1 for factor in self.split.bucket_factors),

@@ -71,6 +71,7 @@ def test_must_not_be_negative(field):
 RANGES = [
     ("model.capacity_factor", 0.0, "greater than 0"),
     ("model.capacity_factor", -1.25, "greater than 0"),
+    ("run.peak_tflops_per_device", 0.0, "greater than 0"),
     ("split.hop", 0, "1 or 2"),
     ("split.hop", 3, "1 or 2"),
     ("split.bucket_factors", (1.25, 0.5), "at least 1"),
