@@ -13,6 +13,12 @@ from mesh import runtime
 CONFIG = cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "directory for metrics and checkpoints")
 RESUME = flags.DEFINE_bool("resume", False, "go on from the last checkpoint in workdir")
+RESUME_STEP = flags.DEFINE_integer(
+    "resume_step",
+    None,
+    "go on from the checkpoint of this step instead; later ones are deleted at the next save",
+    lower_bound=0,
+)
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices",
     0,
@@ -27,7 +33,9 @@ def main():
     # JAX reads its environment when it starts: import what uses it only now.
     from disag_jax import training
 
-    training.train(CONFIG.value, WORKDIR.value, resume=RESUME.value)
+    step = RESUME_STEP.value
+    resume = RESUME.value or step is not None
+    training.train(CONFIG.value, WORKDIR.value, resume=resume, step=step)
 
 
 if __name__ == "__main__":

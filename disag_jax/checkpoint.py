@@ -5,15 +5,20 @@ holds one zarr array per leaf in logical form (disag_jax/logical.py); the metada
 leaves' types and what the caller adds. Each process writes and reads only what its own devices
 hold, and no two devices write to one chunk. The directory must be on a file system that all
 processes see, and all processes must call every method.
+
+A `SavedCheckpoint` is read in its logical form, by programs that know of no split.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
+import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import tensorstore as ts
@@ -25,8 +30,11 @@ from disag_jax.state import StateManager, TrainState
 # "state" is not possible: Orbax gives that name to a handler of its own.
 ARRAYS = "arrays"
 
+# A chunk that is missing is damage, not zeros.
+READ_OPTIONS = {"fill_missing_data_reads": False}
 
-class UnreadableCheckpointError(OSError):
+
+class UnreadableCheckpointError(ConfigError):
     """A checkpoint that lacks a file, or has one that does not hold what it should."""
 
 
@@ -120,6 +128,7 @@ class Checkpoints:
             )
         ]
         self._types = {leaf.name: leaf.logical_type for leaf in self._leaves}
+        self._abandoned = []
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(keep_last)]
         if keep_every:
@@ -133,8 +142,12 @@ class Checkpoints:
 
         Returns whether it does so: not while an earlier checkpoint is still being written, except
         with `force`, which waits for that. `extra` must be JSON. ConfigError if the directory
-        already has this or a later step.
+        already has this or a later step. The first time after an older step was restored, the
+        steps after that one are deleted: the run has taken another course.
         """
+        for later in self._abandoned:
+            self._checkpointer.delete(later)
+        self._abandoned = []
         latest = self._checkpointer.latest
         if latest is not None and latest.step >= state.step:
             raise ConfigError(
@@ -156,16 +169,14 @@ class Checkpoints:
         ConfigError if there is no such checkpoint or it is of another model,
         UnreadableCheckpointError if it is damaged.
         """
-        step = self._existing_step(step)
-        with self._reading(step):
-            metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata
-            if "leaves" not in metadata:
-                raise ValueError("its metadata is missing")
+        step = _existing_step(self._directory, self.steps(), step)
+        metadata = _read_metadata(self._directory, step).custom_metadata
         self._check_model(step, metadata["leaves"])
-        with self._reading(step):
+        with _reading(self._directory, step):
             parts = {ARRAYS: LogicalArrays(self._leaves)}
             arrays = self._checkpointer.load_checkpointables(step, parts)[ARRAYS]
         masters = jax.tree.unflatten(self._tree, arrays)
+        self._abandoned = [later for later in self.steps() if later > step]
         return self._manager.with_compute_copies(step, **masters), metadata["extra"]
 
     def steps(self) -> list[int]:
@@ -180,19 +191,6 @@ class Checkpoints:
     def close(self):
         self._checkpointer.close()
 
-    def _existing_step(self, step: int | None) -> int:
-        steps = self.steps()
-        if not steps:
-            raise ConfigError(f"{self._directory} must hold a checkpoint, but there is none")
-        if step is None:
-            return steps[-1]
-        if step not in steps:
-            known = ", ".join(map(str, steps))
-            raise ConfigError(
-                f"step = {step} must be one of the checkpoints in {self._directory}: {known}"
-            )
-        return step
-
     def _check_model(self, step: int, saved: dict[str, str]):
         for name in self._types | saved:
             there, here = saved.get(name, "absent"), self._types.get(name, "absent")
@@ -202,16 +200,115 @@ class Checkpoints:
                     f"its {name} is {there}, the model's is {here}"
                 )
 
-    @contextlib.contextmanager
-    def _reading(self, step: int):
-        try:
-            yield
-        except (KeyError, OSError, ValueError) as error:
-            # Orbax hides what a handler raised behind a KeyError of its own.
-            cause = error.__cause__ or error
-            raise UnreadableCheckpointError(
-                f"the checkpoint of step {step} in {self._directory} cannot be read: {cause}"
-            ) from cause
+
+@dataclasses.dataclass(frozen=True)
+class SavedCheckpoint:
+    """One checkpoint as it is on disk: the logical model, whatever split it was saved under.
+
+    Attributes:
+      written: when it was complete, if known.
+      leaves: logical shape and type of every array, by the name of its directory, such as
+        "params.expert.experts.gate".
+      extra: what was saved with it.
+    """
+
+    directory: str
+    step: int
+    written: datetime.datetime | None
+    leaves: dict[str, jax.ShapeDtypeStruct]
+    extra: dict
+
+    @classmethod
+    def open(cls, directory, step: int | None = None) -> "SavedCheckpoint":
+        """The checkpoint of a step, or of the last one, in a directory of checkpoints.
+
+        ConfigError if there is none, UnreadableCheckpointError if it is damaged.
+        """
+        directory = os.path.abspath(directory)
+        step = _existing_step(directory, saved_steps(directory), step)
+        metadata = _read_metadata(directory, step)
+        with _reading(directory, step):
+            return cls(
+                directory=directory,
+                step=step,
+                written=metadata.commit_timestamp,
+                leaves={
+                    name: _parse_type(text)
+                    for name, text in metadata.custom_metadata["leaves"].items()
+                },
+                extra=metadata.custom_metadata["extra"],
+            )
+
+    @property
+    def path(self) -> pathlib.Path:
+        return pathlib.Path(self.directory, str(self.step))
+
+    def params(self, dtype=None) -> dict:
+        """The logical parameters on the default device, by group; floats as `dtype` if given."""
+        params = {}
+        for name in self.leaves:
+            kind, *path = name.split(".")
+            if kind == "params":
+                tree = params
+                for key in path[:-1]:
+                    tree = tree.setdefault(key, {})
+                # A leaf at a time: the host never holds two.
+                tree[path[-1]] = jnp.asarray(self._read(name), dtype)
+        return params
+
+    def router_bias(self) -> jax.Array:
+        """The selection bias [L, E]."""
+        return jnp.asarray(self._read("router_bias"))
+
+    def _read(self, name: str) -> np.ndarray:
+        with _reading(self.directory, self.step):
+            spec = _storage(self.path / ARRAYS, name) | READ_OPTIONS
+            return ts.open(spec, open=True).result().read().result()
+
+
+def saved_steps(directory) -> list[int]:
+    """The steps that have a checkpoint in a directory of checkpoints, which need not be there."""
+    paths = pathlib.Path(directory).glob("*")
+    # What is still being written has a longer name.
+    return sorted(int(path.name) for path in paths if path.name.isdecimal() and path.is_dir())
+
+
+def _existing_step(directory: str, steps: list[int], step: int | None) -> int:
+    if not steps:
+        raise ConfigError(f"{directory} must hold a checkpoint, but there is none")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        known = ", ".join(map(str, steps))
+        raise ConfigError(f"step = {step} must be one of the checkpoints in {directory}: {known}")
+    return step
+
+
+def _read_metadata(directory: str, step: int):
+    """Orbax's metadata of a checkpoint; its `custom_metadata` is what `Checkpoints.save` gave."""
+    with _reading(directory, step):
+        metadata = ocp.checkpointables_metadata(os.path.join(directory, str(step)))
+        if "leaves" not in (metadata.custom_metadata or {}):
+            raise ValueError("its metadata is missing")
+        return metadata
+
+
+@contextlib.contextmanager
+def _reading(directory: str, step: int):
+    try:
+        yield
+    except (KeyError, OSError, ValueError) as error:
+        # Orbax hides what a handler raised behind a KeyError of its own.
+        cause = error.__cause__ or error
+        raise UnreadableCheckpointError(
+            f"the checkpoint of step {step} in {directory} cannot be read: {cause}"
+        ) from cause
+
+
+def _parse_type(text: str) -> jax.ShapeDtypeStruct:
+    """The inverse of `Leaf.logical_type`."""
+    dtype, shape = text.split("[")
+    return jax.ShapeDtypeStruct(json.loads(f"[{shape}"), np.dtype(dtype))
 
 
 async def _all(tasks) -> list:
@@ -238,8 +335,8 @@ def _blocks(leaf: Leaf, array: jax.Array) -> list[tuple]:
     return blocks
 
 
-def _storage(root, leaf: Leaf) -> dict:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{root}/{leaf.name}/"}}
+def _storage(root, name: str) -> dict:
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{root}/{name}/"}}
 
 
 async def _write_leaf(root, leaf: Leaf, blocks):
@@ -259,7 +356,7 @@ async def _write_leaf(root, leaf: Leaf, blocks):
     }
     # A chunk of zeros is stored like any other, so that a missing one is an error when read.
     options = {"metadata": metadata, "store_data_equal_to_fill_value": True}
-    store = await ts.open(_storage(root, leaf) | options, open=True, create=True)
+    store = await ts.open(_storage(root, leaf.name) | options, open=True, create=True)
     await _all(store.oindex[targets].write(values) for targets, values in blocks)
 
 
@@ -269,8 +366,7 @@ async def _read_leaf(root, leaf: Leaf) -> jax.Array:
     indices = sharding.addressable_devices_indices_map(shape)
     shards = {}
     if indices:
-        options = {"fill_missing_data_reads": False}
-        store = await ts.open(_storage(root, leaf) | options, open=True)
+        store = await ts.open(_storage(root, leaf.name) | READ_OPTIONS, open=True)
     for index in indices.values():
         if str(index) not in shards:
             located = leaf.leaf_map.locate(index)

@@ -162,6 +162,7 @@ class RunConfig:
       eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never).
       eval_batches: steps' worth of held-out text per evaluation.
       keep_checkpoints: newest checkpoints that stay.
+      keep_checkpoint_every: checkpoints of its multiples stay for ever; 0 means of no step.
       peak_tflops_per_device: what MFU is measured against, in TFLOP/s; None takes the data sheet's
         bfloat16 figure (disag_jax/flops.py), and leaves MFU out where there is none.
     """
@@ -175,6 +176,7 @@ class RunConfig:
     eval_batches: int = 4
     checkpoint_every: int = 0
     keep_checkpoints: int = 3
+    keep_checkpoint_every: int = 0
     peak_tflops_per_device: float | None = None
 
 
@@ -318,7 +320,7 @@ _POSITIVE = {
 _NOT_NEGATIVE = {
     "model": ("num_shared_experts", "balance_loss_weight", "z_loss_weight", "bias_update_rate"),
     "optimizer": ("final_learning_rate", "warmup_steps", "weight_decay"),
-    "run": ("seed", "eval_every", "checkpoint_every"),
+    "run": ("seed", "eval_every", "checkpoint_every", "keep_checkpoint_every"),
 }
 
 

@@ -32,11 +32,12 @@ class Inputs:
     bigram_loss: float
 
 
-def train(config: Config, workdir: str, *, resume: bool = False) -> dict:
+def train(config: Config, workdir: str, *, resume: bool = False, step: int | None = None) -> dict:
     """Runs the experiment and returns the last evaluation's results.
 
-    Results go to `workdir`: config.json, metrics.jsonl, checkpoints/. Raises ConfigError for the
-    user's mistakes, before anything is compiled, and NonFiniteLossError when training diverges.
+    Results go to `workdir`: config.json, metrics.jsonl, checkpoints/. With `resume` it goes on from
+    the checkpoint there of `step`, or from the last. Raises ConfigError for the user's mistakes,
+    before anything is compiled, and NonFiniteLossError when training diverges.
     """
     config.validate()
     meshes = make_meshes(config)
@@ -44,9 +45,12 @@ def train(config: Config, workdir: str, *, resume: bool = False) -> dict:
     directory = Workdir(workdir, config, resume=resume)
     stepper = Stepper(config, meshes)
     checkpoints = Checkpoints(
-        directory.checkpoints, stepper.manager, keep_last=config.run.keep_checkpoints
+        directory.checkpoints,
+        stepper.manager,
+        keep_last=config.run.keep_checkpoints,
+        keep_every=config.run.keep_checkpoint_every,
     )
-    state = checkpoints.restore()[0] if resume else stepper.init(config.run.seed)
+    state = checkpoints.restore(step)[0] if resume else stepper.init(config.run.seed)
     print(startup_report.start_up(stepper, inputs.description), flush=True)
     log = MetricsLog(directory.metrics)
     try:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from disag_jax import checkpoint
-from disag_jax.checkpoint import Checkpoints, UnreadableCheckpointError
+from disag_jax.checkpoint import Checkpoints, SavedCheckpoint, UnreadableCheckpointError
 from disag_jax.config import ConfigError, SplitConfig
 from disag_jax.logical import state_maps
 from disag_jax.state import StateManager
@@ -123,6 +123,18 @@ def test_training_goes_on_under_another_split(run):
         assert support.relative_error(metrics["total_loss"], expected) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_reading_without_a_split(dtype, run):
+    saved = SavedCheckpoint.open(run.directory)
+    assert (saved.step, saved.extra, saved.path) == (2, EXTRA, run.directory / "2")
+    assert saved.written.tzinfo is not None
+    params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), run.masters["params"])
+    jax.tree.map(np.testing.assert_array_equal, saved.params(dtype), params)
+    np.testing.assert_array_equal(saved.router_bias(), run.masters["router_bias"])
+    moment = saved.leaves["opt_state.expert.0.mu.experts.gate"]
+    assert (moment.shape, moment.dtype) == ((5, 7, 16, 12), np.float64)
+
+
 @pytest.fixture(scope="module")
 def small():
     """A manager of the smallest split, and a state for it."""
@@ -165,6 +177,20 @@ def test_steps_go_forward(small, tmp_path):
             save_steps(checkpoints, state, [step])
 
 
+def test_another_course_after_an_older_step(small, tmp_path):
+    """The later checkpoints stay until the new course has something to save."""
+    manager, state = small
+    save_steps(first := Checkpoints(tmp_path, manager), state, [2, 4, 6])
+    first.close()
+    again = Checkpoints(tmp_path, manager)
+    restored, _ = again.restore(2)
+    assert again.steps() == [2, 4, 6]
+    save_steps(again, restored, [3])
+    assert again.steps() == [2, 3]
+    save_steps(again, restored, [4])
+    assert again.steps() == [2, 3, 4]
+
+
 def test_a_failed_write_is_reported_and_leaves_no_checkpoint(small, tmp_path, monkeypatch):
     manager, state = small
     checkpoints = Checkpoints(tmp_path, manager)
@@ -186,6 +212,8 @@ def test_a_failed_write_is_reported_and_leaves_no_checkpoint(small, tmp_path, mo
 def test_no_checkpoint(small, tmp_path):
     with pytest.raises(ConfigError, match=f"{tmp_path} must hold a checkpoint"):
         Checkpoints(tmp_path, small[0]).restore()
+    with pytest.raises(ConfigError, match="none must hold a checkpoint"):
+        SavedCheckpoint.open(tmp_path / "none")
 
 
 def test_one_is_always_kept(small, tmp_path):
@@ -199,6 +227,8 @@ def test_a_missing_step_lists_those_that_are_there(small, tmp_path):
     save_steps(checkpoints, state, [3, 5])
     with pytest.raises(ConfigError, match=r"step = 4 must be one of .*: 3, 5$"):
         checkpoints.restore(4)
+    with pytest.raises(ConfigError, match=r"step = 4 must be one of .*: 3, 5$"):
+        SavedCheckpoint.open(tmp_path, 4)
 
 
 @pytest.mark.parametrize(
@@ -252,5 +282,10 @@ def test_damage(file, damage, small, tmp_path):
     save_steps(checkpoints, state, [1])
     checkpoints.wait()
     damage(tmp_path / "1" / file)
-    with pytest.raises(UnreadableCheckpointError, match=r"checkpoint of step 1 .* cannot be read"):
+    message = r"checkpoint of step 1 .* cannot be read"
+    with pytest.raises(UnreadableCheckpointError, match=message):
         checkpoints.restore()
+    if "opt_state" not in file:
+        with pytest.raises(UnreadableCheckpointError, match=message):
+            saved = SavedCheckpoint.open(tmp_path)
+            saved.params(), saved.router_bias()

@@ -58,7 +58,7 @@ def test_must_be_positive(field, value):
 NOT_NEGATIVE = [
     *fields("model", "num_shared_experts balance_loss_weight z_loss_weight bias_update_rate"),
     *fields("optimizer", "final_learning_rate warmup_steps weight_decay"),
-    *fields("run", "seed eval_every checkpoint_every"),
+    *fields("run", "seed eval_every checkpoint_every keep_checkpoint_every"),
 ]
 
 
