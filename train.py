@@ -25,13 +25,20 @@ CPU_DEVICES = flags.DEFINE_integer(
     "simulate this many devices on the CPU; 0 takes the accelerators",
     lower_bound=0,
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, for several processes without SLURM or MPI"
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes of the run")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 
 
 def main():
     if CPU_DEVICES.value:
         runtime.simulate_cpu_devices(CPU_DEVICES.value)
     # JAX reads its environment when it starts: import what uses it only now.
-    from disag_jax import training
+    from disag_jax import processes, training
+
+    processes.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CONFIG.value)
 
     step = RESUME_STEP.value
     resume = RESUME.value or step is not None

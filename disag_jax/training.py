@@ -6,11 +6,11 @@ import time
 import jax
 import numpy as np
 
-from disag_jax import startup_report, text
+from disag_jax import processes, startup_report, text
 from disag_jax.batches import Batches
 from disag_jax.bigram import BigramModel
 from disag_jax.checkpoint import Checkpoints
-from disag_jax.config import Config, ConfigError
+from disag_jax.config import Config, ConfigError, Dtype
 from disag_jax.geometry import placement_of
 from disag_jax.metrics import MetricsLog, Progress
 from disag_jax.state import TrainState
@@ -40,9 +40,13 @@ def train(config: Config, workdir: str, *, resume: bool = False, step: int | Non
     before anything is compiled, and NonFiniteLossError when training diverges.
     """
     config.validate()
+    if config.run.compute_dtype is Dtype.FLOAT64:
+        jax.config.update("jax_enable_x64", True)
+    processes.check_same_config(config)
     meshes = make_meshes(config)
     inputs = load_inputs(config)
-    directory = Workdir(workdir, config, resume=resume)
+    directory = Workdir(workdir)
+    processes.on_first(lambda: directory.open(config, resume=resume))
     stepper = Stepper(config, meshes)
     checkpoints = Checkpoints(
         directory.checkpoints,

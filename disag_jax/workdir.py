@@ -8,18 +8,21 @@ from disag_jax.config import Config, ConfigError
 
 
 class Workdir:
-    """Creates or reopens a run's directory.
+    """A run's directory and what lies in it."""
 
-    A new run wants a directory without another run in it; a resumed one wants the directory of the
-    same experiment. ConfigError otherwise, or if it cannot be written.
-    """
-
-    def __init__(self, path: str, config: Config, *, resume: bool):
+    def __init__(self, path: str):
         self.path = pathlib.Path(path)
+        self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        config_file = self.path / "config.json"
-        used = config_file.exists()
+
+    def open(self, config: Config, *, resume: bool):
+        """Creates or reopens the directory.
+
+        A new run wants a directory without another run in it; a resumed one wants the directory of
+        the same experiment. ConfigError otherwise, or if it cannot be written.
+        """
+        path, used = str(self.path), self.config.exists()
         if used and not resume:
             raise ConfigError(
                 f"workdir = {path!r} must be new: it holds another run (--resume goes on with it)"
@@ -28,10 +31,10 @@ class Workdir:
             raise ConfigError(f"workdir = {path!r} must hold a run to resume")
         text = json.dumps(dataclasses.asdict(config), indent=2)
         if used:
-            _check_same_model(path, json.loads(config_file.read_text()), json.loads(text))
+            _check_same_model(path, json.loads(self.config.read_text()), json.loads(text))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            config_file.write_text(text)
+            self.config.write_text(text)
         except OSError as error:
             raise ConfigError(
                 f"workdir = {path!r} must be a writable directory: {error.strerror}"

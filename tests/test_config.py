@@ -46,6 +46,7 @@ POSITIVE = [
     *fields("batch", "sequence_length tokens_per_worker micro_batches"),
     *fields("optimizer", "peak_learning_rate eps max_grad_norm"),
     *fields("run", "num_steps loss_chunk log_every eval_batches keep_checkpoints"),
+    *fields("run", "start_timeout_seconds heartbeat_timeout_seconds"),
 ]
 
 

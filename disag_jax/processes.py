@@ -1,0 +1,146 @@
+"""Several processes running one program: joining, agreeing, and letting one speak for all."""
+
+import contextlib
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import time
+import zlib
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from disag_jax.config import Config, ConfigError
+
+# A sentence for the other processes, in bytes; longer ones are cut.
+SENTENCE_BYTES = 1024
+
+
+def join(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, config: Config
+):
+    """Connects the processes of a run; call before anything else uses JAX.
+
+    Without a coordinator, a SLURM or MPI launch of several processes is detected by JAX; a single
+    process connects to nobody. Raises ConfigError if the coordinator does not answer in time.
+    """
+    if coordinator is None and not _launched_with_others():
+        return
+    if coordinator is not None:
+        _check_numbers(num_processes, process_id)
+        if process_id > 0:
+            _wait_until_reachable(coordinator, config.run.start_timeout_seconds)
+    with _last_words(
+        f"process {process_id} could not join {num_processes} processes at {coordinator}: every "
+        "--process_id must be used once, and all must start within run.start_timeout_seconds = "
+        f"{config.run.start_timeout_seconds}"
+    ):
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=config.run.start_timeout_seconds,
+            heartbeat_timeout_seconds=config.run.heartbeat_timeout_seconds,
+        )
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes for all."""
+    return jax.process_index() == 0
+
+
+def on_first(action):
+    """Runs `action()` on the first process; its ConfigError is raised on all of them alike."""
+    sentence = ""
+    if is_first():
+        try:
+            action()
+        except ConfigError as error:
+            sentence = str(error)
+    if jax.process_count() > 1:
+        encoded = np.zeros(SENTENCE_BYTES, np.uint8)
+        text = sentence.encode()[:SENTENCE_BYTES]
+        encoded[: len(text)] = np.frombuffer(text, np.uint8)
+        received = np.asarray(multihost_utils.broadcast_one_to_all(encoded))
+        sentence = received.tobytes().rstrip(b"\0").decode(errors="ignore")
+    if sentence:
+        raise ConfigError(sentence)
+
+
+def check_same_config(config: Config):
+    """Raises ConfigError on every process if their configs differ, naming the first field."""
+    if jax.process_count() == 1:
+        return
+    fields = list(_flatten("config", dataclasses.asdict(config)))
+    digests = np.array([zlib.crc32(repr(value).encode()) for _, value in fields], np.uint32)
+    everyone = np.asarray(multihost_utils.process_allgather(digests))
+    differs = np.argwhere(everyone != everyone[0])
+    if differs.size:
+        process, field = differs[0]
+        name, value = fields[field]
+        raise ConfigError(
+            f"{name} = {value!r} (in process {jax.process_index()}) must be the same in all "
+            f"processes: process {process} has another value than process 0"
+        )
+
+
+def _flatten(prefix: str, tree: dict):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(f"{prefix}.{name}", value)
+        else:
+            yield f"{prefix}.{name}", value
+
+
+def _check_numbers(num_processes: int | None, process_id: int | None):
+    if num_processes is None or num_processes < 1:
+        raise ConfigError(f"--num_processes = {num_processes} must be 1 or more with --coordinator")
+    if process_id is None or not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"--process_id = {process_id} must be at least 0 and below --num_processes = "
+            f"{num_processes}"
+        )
+
+
+def _wait_until_reachable(coordinator: str, timeout_seconds: float):
+    """Waits for process 0 to listen; JAX itself would end the process without an exception."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--coordinator = {coordinator!r} must be host:port")
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"--coordinator = {coordinator!r} must be reachable within "
+                    f"run.start_timeout_seconds = {timeout_seconds}: {error}"
+                ) from error
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _last_words(sentence: str):
+    """Has `sentence` told as an error if this process ends inside, which JAX may make it do."""
+    program = "import sys; sys.stdin.read() or print('error:', sys.argv[1], file=sys.stderr)"
+    speaker = subprocess.Popen(
+        [sys.executable, "-c", program, sentence], stdin=subprocess.PIPE, text=True
+    )
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConfigError(f"{sentence}: {str(error).splitlines()[0]}") from error
+    finally:
+        speaker.communicate("joined")
+
+
+def _launched_with_others() -> bool:
+    """Whether SLURM or Open MPI started this process as one of several."""
+    sizes = (os.environ.get(name) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    in_step = "SLURM_STEP_ID" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ
+    return in_step and any(size is not None and int(size) > 1 for size in sizes)

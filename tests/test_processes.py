@@ -1,0 +1,219 @@
+"""Real processes on this machine, joined over the loopback: same losses, and mistakes told."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+TIMEOUT_SECONDS = 240
+
+CONFIG = """
+from configs import tiny
+from disag_jax.config import Dtype
+
+def get_config():
+    config = tiny.get_config()
+    config.model.d_model, config.model.expert_width, config.model.num_layers = 16, 8, 3
+    config.batch.sequence_length, config.batch.tokens_per_worker = 16, 32
+    config.data.paths = ({text!r},)
+    config.run.compute_dtype = Dtype.FLOAT64
+    config.run.num_steps, config.run.log_every = 4, 1
+    config.run.eval_every, config.run.eval_batches, config.run.checkpoint_every = 0, 1, 2
+    config.run.start_timeout_seconds = 60
+    return config
+"""
+
+MIXED = ("--config.split.stages=2", "--config.split.expert_workers=3")
+# Half of the devices attention, half experts: with two processes each has one role only.
+ONE_ROLE_EACH = (
+    "--config.split.stages=1",
+    "--config.split.attention_workers=4",
+    "--config.split.expert_workers=4",
+    "--config.batch.micro_batches=1",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(4):
+        lines = (f"line {n} of file {number}, {n * n}\n" for n in range(200))
+        (text / f"{number}.txt").write_text("".join(lines))
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG.format(text=str(text)))
+    return path
+
+
+def start(config_file, workdir, devices, *arguments):
+    command = [
+        sys.executable,
+        "train.py",
+        f"--config={config_file}",
+        f"--workdir={workdir}",
+        f"--cpu_devices={devices}",
+        *arguments,
+    ]
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(running):
+    """(exit code, stdout, stderr) of each process; none outlives the test."""
+    try:
+        return [(*p.communicate(timeout=TIMEOUT_SECONDS), p.returncode) for p in running]
+    finally:
+        for process in running:
+            process.kill()
+
+
+def launch(config_file, workdir, num_processes, *arguments):
+    """Runs all processes to their end and returns the first one's records."""
+    port = free_port()
+    joined = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}")
+    running = [
+        start(
+            config_file,
+            workdir,
+            8 // num_processes,
+            *arguments,
+            *(joined if num_processes > 1 else ()),
+            *((f"--process_id={process}",) if num_processes > 1 else ()),
+        )
+        for process in range(num_processes)
+    ]
+    for out, error, code in finish(running):
+        assert code == 0, (out[-2000:], error[-4000:])
+    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(records):
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.mark.timeout(2 * TIMEOUT_SECONDS)
+@pytest.mark.parametrize("num_processes, arguments", [(2, MIXED), (4, MIXED), (2, ONE_ROLE_EACH)])
+def test_losses_do_not_depend_on_the_processes(config_file, tmp_path, num_processes, arguments):
+    several = launch(config_file, tmp_path / "several", num_processes, *arguments)
+    alone = launch(config_file, tmp_path / "alone", 1, *arguments)
+    assert losses(several) == pytest.approx(losses(alone), rel=1e-12)
+    assert several[-1]["held_out_loss"] == pytest.approx(alone[-1]["held_out_loss"], rel=1e-12)
+
+
+@pytest.mark.timeout(2 * TIMEOUT_SECONDS)
+def test_a_checkpoint_of_two_processes_restores_in_one_on_another_split(config_file, tmp_path):
+    workdir = tmp_path / "run"
+    first = launch(config_file, workdir, 2, *ONE_ROLE_EACH)
+    other = ("--config.split.stages=2", "--config.split.attention_workers=1")
+    other += ("--config.split.expert_workers=3", "--config.batch.micro_batches=4")
+    again = launch(config_file, workdir, 1, *other, "--resume_step=2")[len(first) :]
+    assert [record["step"] for record in again if "loss" in record] == [3, 4]
+    assert losses(again) == pytest.approx(losses(first)[2:], rel=1e-11)
+
+
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_different_configs_are_refused_and_the_field_named(config_file, tmp_path):
+    port = free_port()
+    running = [
+        start(
+            config_file,
+            tmp_path / "run",
+            4,
+            f"--coordinator=127.0.0.1:{port}",
+            "--num_processes=2",
+            f"--process_id={process}",
+            f"--config.optimizer.weight_decay={0.1 + process}",
+        )
+        for process in range(2)
+    ]
+    for _, error, code in finish(running):
+        assert code == 2, error
+        assert "config.optimizer.weight_decay = " in error and "same in all processes" in error
+
+
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_used_workdir_is_refused_by_all_processes(config_file, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    port = free_port()
+    running = [
+        start(
+            config_file,
+            tmp_path,
+            4,
+            f"--coordinator=127.0.0.1:{port}",
+            "--num_processes=2",
+            f"--process_id={process}",
+        )
+        for process in range(2)
+    ]
+    for _, error, code in finish(running):
+        assert code == 2 and "must be new: it holds another run" in error, error
+
+
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_unreachable_coordinator_is_named(config_file, tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    alone = start(
+        config_file,
+        tmp_path / "run",
+        4,
+        f"--coordinator={address}",
+        "--num_processes=2",
+        "--process_id=1",
+        "--config.run.start_timeout_seconds=3",
+    )
+    ((_, error, code),) = finish([alone])
+    assert code == 2 and f"--coordinator = '{address}' must be reachable" in error, error
+
+
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_two_processes_with_one_id_are_refused(config_file, tmp_path):
+    port = free_port()
+    running = [
+        start(
+            config_file,
+            tmp_path / "run",
+            4,
+            f"--coordinator=127.0.0.1:{port}",
+            "--num_processes=3",
+            f"--process_id={process}",
+            "--config.run.start_timeout_seconds=10",
+        )
+        for process in (0, 1, 1)
+    ]
+    for _, error, code in finish(running):
+        assert code != 0 and "every --process_id must be used once" in error, error
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (("--num_processes=2",), "--process_id = None must be at least 0"),
+        (("--num_processes=2", "--process_id=2"), "--process_id = 2 must be at least 0 and below"),
+        (("--process_id=0",), "--num_processes = None must be 1 or more with --coordinator"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_numbers_of_processes(config_file, tmp_path, arguments, sentence):
+    process = start(config_file, tmp_path / "run", 4, "--coordinator=127.0.0.1:1", *arguments)
+    ((_, error, code),) = finish([process])
+    assert code == 2 and sentence in error, error
