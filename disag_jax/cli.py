@@ -18,16 +18,22 @@ def define_config_flag():
     )
 
 
-def run(main):
-    """Runs `main()` after parsing flags; a user's mistake ends it with one sentence and code 2."""
+def run(main, arguments: str | None = None):
+    """Runs `main()` after parsing flags; a user's mistake ends it with one sentence and code 2.
+
+    arguments: what the arguments that are not flags name, such as "directory"; `main` is then
+      called with them, one or more.
+    """
 
     def guarded(argv):
-        if len(argv) > 1:
+        if arguments is None and len(argv) > 1:
             _fail(f"argument {argv[1]!r} must be a flag, such as --config=configs/tiny.py")
+        if arguments is not None and len(argv) == 1:
+            _fail(f"a {arguments} must be named after the command")
         # Libraries log their settings at INFO; what a run has to say it prints.
         logging.set_verbosity(logging.WARNING)
         try:
-            main()
+            main(*argv[1:])
         except ConfigError as error:
             _fail(str(error))
 
@@ -40,7 +46,7 @@ def _parse(argv):
     try:
         rest = flags.FLAGS(argv)
         # A file that cannot be read shows only when the value is used.
-        if not isinstance(flags.FLAGS["config"].value, Config):
+        if "config" in flags.FLAGS and not isinstance(flags.FLAGS["config"].value, Config):
             path = next((a.split("=", 1)[-1] for a in argv if "config" in a and ".py" in a), None)
             _fail(f"--config = {path!r} must be a Python file whose get_config() returns a Config")
         return rest
