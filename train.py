@@ -19,6 +19,9 @@ RESUME_STEP = flags.DEFINE_integer(
     "go on from the checkpoint of this step instead; later ones are deleted at the next save",
     lower_bound=0,
 )
+PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "begin:end, the steps (from 0) to trace into workdir/profile"
+)
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices",
     0,
@@ -36,13 +39,19 @@ def main():
     if CPU_DEVICES.value:
         runtime.simulate_cpu_devices(CPU_DEVICES.value)
     # JAX reads its environment when it starts: import what uses it only now.
-    from disag_jax import processes, training
+    from disag_jax import processes, profiling, training
 
     processes.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CONFIG.value)
 
     step = RESUME_STEP.value
     resume = RESUME.value or step is not None
-    training.train(CONFIG.value, WORKDIR.value, resume=resume, step=step)
+    training.train(
+        CONFIG.value,
+        WORKDIR.value,
+        resume=resume,
+        step=step,
+        profile_steps=profiling.parse_steps(PROFILE_STEPS.value),
+    )
 
 
 if __name__ == "__main__":

@@ -1,73 +1,187 @@
-"""Metrics of a run: JSON lines in the workdir and a line of progress on the terminal."""
+"""Metrics of a run: means over the steps between two log records, and the files they go to."""
 
 import json
 import pathlib
 
+import jax
 import numpy as np
+import tensorboardX
 
 from disag_jax.config import Config
+from disag_jax.flops import model_flops, peak_flops
+from mesh.placement import ExpertPlaces, Meshes
 
-MEANS = ("loss", "total_loss", "balance_loss", "z_loss", "gradient_norm", "learning_rate")
+MEANS = (
+    "loss", "total_loss", "balance_loss", "z_loss", "gradient_norm", "gradient_norm_attention",
+    "gradient_norm_expert", "gradient_norm_vocabulary", "learning_rate",
+)  # fmt: skip
 
-
-class MetricsLog:
-    """Appends records to a file, one JSON object a line."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-
-    def write(self, record: dict):
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+# Parts of a step's time that are measured; the rest is the host's.
+PARTS = ("input_wait_seconds", "pipeline_seconds", "update_seconds")
 
 
-class Progress:
-    """Averages steps between two log lines."""
+class StepMeter:
+    """Collects the metrics of steps and makes a log record of them."""
 
-    def __init__(self, config: Config):
-        self._config = config
+    def __init__(self, config: Config, meshes: Meshes):
+        self._config, self._meshes = config, meshes
+        self._places = ExpertPlaces(config.model.num_experts, config.split.expert_workers)
+        self._peak_flops = peak_flops(config, meshes.union.devices.flat[0].device_kind)
         self._steps = []
 
     def add(self, metrics: dict):
-        """Takes one step's metrics, with `step_seconds`."""
+        """Takes one step's metrics: those of `Stepper.train_step`, step and input wait seconds."""
         self._steps.append(metrics)
 
     def record(self, step: int) -> dict:
-        """Means over the steps since the last line; expert load per layer over the same steps.
+        """What the steps since the last record did, after which a new one begins.
 
-        expert_load is the largest expert's tokens over the mean, dead_experts those without a
-        token, dropped_pairs the pairs that capacity_factor dropped.
+        Means over the steps:
+          loss, balance_loss, z_loss, total_loss, learning_rate, gradient_norm and
+          gradient_norm_<role>, the last before clipping.
+
+        Speed, of the steps that did not compile a program (of all if there is no other):
+          step_seconds: from the end of a step to the end of the next, without the time spent on
+            checkpoints and evaluations. It is the sum of
+          input_wait_seconds: for the batch.
+          pipeline_seconds: for the pipeline program, from its call to its metrics on the host.
+          update_seconds: what the update programs add: their calls, and what was still running of
+            the last step's after the next pipeline program had been queued behind it. The part
+            of an update that hides under the host's work is in that work's time.
+          host_seconds: the rest, such as writing these records.
+          tokens_per_second, tflops_per_device (model FLOPs, disag_jax/flops.py), and mfu, their
+            share of the peak, if that is known.
+          compile_seconds: the whole time of the steps that did compile, if there were any.
+
+        Load, per layer:
+          expert_load, expert_load_p95: tokens of the largest and of the 95th-percentile expert
+            over the mean expert's, in a step.
+          imbalance_cost: see `imbalance_cost`.
+          dead_experts: experts without a token in all of the steps.
+          dropped_pairs: (token, expert) pairs that capacity_factor dropped, summed.
+
+        bucket_reruns: runs repeated because a message overflowed its transport bucket; bucket_rows:
+        rows per slot of the last step's bucket. peak_memory_gib: of each worker of this process,
+        the most that it has held since the start, if the backend says so.
         """
-        steps = self._steps
-        counts = np.sum([m["expert_counts"] for m in steps], axis=0)
-        seconds = float(np.mean([m["step_seconds"] for m in steps]))
-        record = {name: float(np.mean([m[name] for m in steps])) for name in MEANS}
-        return {
+        steps, self._steps = self._steps, []
+        record = {
             "step": step,
-            **record,
-            "step_seconds": seconds,
-            "tokens_per_second": self._config.tokens_per_step / seconds,
-            "expert_load": (counts.max(axis=1) / counts.mean(axis=1)).tolist(),
-            "dead_experts": (counts == 0).sum(axis=1).tolist(),
+            **{name: _mean(steps, name) for name in MEANS},
+            **self._speed(steps),
+            **self._load(np.stack([m["expert_counts"] for m in steps])),
             "dropped_pairs": np.sum([m["dropped_pairs"] for m in steps], axis=0).tolist(),
             "bucket_reruns": sum(m["bucket_reruns"] for m in steps),
             "bucket_rows": steps[-1]["bucket"].rows,
         }
+        memory = peak_memory(self._meshes)
+        return record | ({"peak_memory_gib": memory} if memory else {})
 
-    def line(self, step: int) -> str:
-        """The record as one line, after which a new average begins."""
-        record = self.record(step)
-        self._steps = []
-        load = " ".join(f"{value:.2f}" for value in record["expert_load"])
-        parts = [
-            f"step {step:>5}/{self._config.run.num_steps}",
-            f"loss {record['loss']:.4f}",
-            f"grad norm {record['gradient_norm']:.3f}",
-            f"{record['tokens_per_second']:,.0f} tokens/s",
-            f"load max/mean by layer {load}",
-            f"dead experts {' '.join(map(str, record['dead_experts']))}",
-            f"dropped {' '.join(map(str, record['dropped_pairs']))}",
-        ]
-        if record["bucket_reruns"]:
-            parts.append(f"re-runs {record['bucket_reruns']}")
-        return "  ".join(parts)
+    def _speed(self, steps: list[dict]) -> dict:
+        compiling = [m for m in steps if m["compiled"]]
+        timed = [m for m in steps if not m["compiled"]] or compiling
+        seconds = {name: _mean(timed, name) for name in ("step_seconds", *PARTS)}
+        tokens_per_second = self._config.tokens_per_step / seconds["step_seconds"]
+        flops = model_flops(self._config).total * tokens_per_second
+        flops /= self._config.split.num_devices
+        speed = {
+            **seconds,
+            "host_seconds": seconds["step_seconds"] - sum(seconds[name] for name in PARTS),
+            "tokens_per_second": tokens_per_second,
+            "tflops_per_device": flops / 1e12,
+        }
+        if self._peak_flops is not None:
+            speed["mfu"] = flops / self._peak_flops
+        if compiling:
+            speed["compile_seconds"] = sum(m["step_seconds"] for m in compiling)
+        return speed
+
+    def _load(self, counts_NLE) -> dict:
+        """Expert load of N steps."""
+        load_NLE = counts_NLE / counts_NLE.mean(axis=2, keepdims=True)
+        costs_NL = [imbalance_cost(counts_LE, self._places) for counts_LE in counts_NLE]
+        return {
+            "expert_load": load_NLE.max(axis=2).mean(axis=0).tolist(),
+            "expert_load_p95": np.percentile(load_NLE, 95, axis=2).mean(axis=0).tolist(),
+            "imbalance_cost": np.mean(costs_NL, axis=0).tolist(),
+            "dead_experts": (counts_NLE.sum(axis=0) == 0).sum(axis=1).tolist(),
+        }
+
+
+def imbalance_cost(counts_LE, places: ExpertPlaces):
+    """Extra expert-worker time of each layer because some workers have more to do than others, [L].
+
+    0.25 means that the layer's experts take a quarter longer than with an even load: the chosen
+    (token, expert) pairs of the busiest worker over the mean worker's, minus 1. It takes time to be
+    proportional to pairs, and all workers to wait for the busiest. It sees sums over a step only:
+    loads that are uneven in a micro-batch and even out over the step cost more than it says. Shared
+    experts do not count; pairs that capacity_factor dropped do.
+    """
+    worker_E = places.expert_places() // places.per_worker
+    is_held_EN = worker_E[:, None] == np.arange(places.num_workers)
+    pairs_LN = counts_LE @ is_held_EN
+    return pairs_LN.max(axis=1) / pairs_LN.mean(axis=1) - 1
+
+
+def peak_memory(meshes: Meshes) -> dict[str, float]:
+    """The most GiB held so far by each worker of this process; empty if the backend keeps no count.
+
+    Workers are called "replica0_stage1_expert2".
+    """
+    found = {}
+    for replica, devices in enumerate(meshes.union.devices):
+        for worker, device in enumerate(devices):
+            is_here = device.process_index == jax.process_index()
+            stats = device.memory_stats() if is_here else None
+            if stats and "peak_bytes_in_use" in stats:
+                stage, role, rank = meshes.placement.describe(worker)
+                name = f"replica{replica}_stage{stage}_{role.name.lower()}{rank}"
+                found[name] = stats["peak_bytes_in_use"] / 2**30
+    return found
+
+
+class MetricsLog:
+    """Writes records to metrics.jsonl, one JSON object a line, and to TensorBoard's events.
+
+    A field is a TensorBoard tag; a list over layers is layer_00/field and so on, a dict field/key.
+    """
+
+    def __init__(self, lines: pathlib.Path, events: pathlib.Path, next_step: int):
+        """Appends to what is there; TensorBoard hides what it already has of `next_step` or later.
+
+        Only process 0 writes: elsewhere this does nothing.
+        """
+        self._lines = lines
+        self._events = None
+        if jax.process_index() == 0:
+            self._events = tensorboardX.SummaryWriter(str(events), purge_step=next_step)
+
+    def write(self, record: dict):
+        if self._events is None:
+            return
+        with open(self._lines, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for tag, value in scalars(record).items():
+            self._events.add_scalar(tag, value, record["step"])
+        self._events.flush()
+
+    def close(self):
+        if self._events is not None:
+            self._events.close()
+
+
+def scalars(record: dict) -> dict[str, float]:
+    """A record's TensorBoard tags and values."""
+    found = {}
+    for field, value in record.items():
+        if isinstance(value, list):
+            found |= {f"layer_{layer:02d}/{field}": item for layer, item in enumerate(value)}
+        elif isinstance(value, dict):
+            found |= {f"{field}/{key}": item for key, item in value.items()}
+        elif field != "step":
+            found[field] = value
+    return found
+
+
+def _mean(steps: list[dict], name: str) -> float:
+    return float(np.mean([m[name] for m in steps]))

@@ -56,6 +56,10 @@ class TrainState:
     rows: jax.Array
     vocabulary: dict[str, jax.Array]
 
+    def wait(self):
+        """Returns when the programs that make this state have ended."""
+        jax.block_until_ready((self.rows, self.vocabulary))
+
     @property
     def masters(self) -> dict:
         """What `StateManager.with_compute_copies` makes the rest from."""

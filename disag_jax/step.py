@@ -11,6 +11,7 @@ from disag_jax import optimizer as optimizer_lib
 from disag_jax.config import Config
 from disag_jax.geometry import Bucket, buckets, make_geometry
 from disag_jax.pipeline import PER_WORKER, evaluation_program, gradient_program
+from disag_jax.profiling import Stopwatch
 from disag_jax.schedule import make_forward_schedule, make_schedule
 from disag_jax.state import StateManager, TrainState
 from mesh.placement import Meshes
@@ -79,10 +80,14 @@ class Stepper:
     def train_step(self, state: TrainState, sequences) -> tuple[TrainState, dict]:
         """Trains on one global batch of sequences, int32 [G, S + 1].
 
-        Returns the next state (the old one is donated) and the step's metrics as numpy values.
-        Raises NonFiniteLossError, with the state untouched.
+        Returns the next state (the old one is donated) and the step's metrics as numpy values, with
+        `pipeline_seconds` and `update_seconds` (disag_jax/metrics.py) and `compiled`, whether a new
+        program was. Raises NonFiniteLossError, with the state untouched.
         """
+        watch, num_programs = Stopwatch(), len(self._gradient_programs)
         outputs, metrics = self._run_until_it_fits(
+            state,
+            watch,
             lambda bucket: self.gradient_program(bucket)(
                 state.rows, state.vocabulary, state.router_bias, self.place_batch(sequences)
             ),
@@ -97,12 +102,18 @@ class Stepper:
         rate = float(self.learning_rate(state.step))
         factor = optimizer_lib.clip_factor(self.config, norm)
         del outputs  # the update donates the gradients' buffers under these names
-        state = self.manager.update(state, row_grads, vocabulary_grads, router_bias, factor, rate)
-        return state, metrics | {"learning_rate": rate}
+        with watch("update"):
+            state = self.manager.update(
+                state, row_grads, vocabulary_grads, router_bias, factor, rate
+            )
+        compiled = len(self._gradient_programs) > num_programs
+        return state, metrics | watch.seconds | {"learning_rate": rate, "compiled": compiled}
 
     def evaluate(self, state: TrainState, sequences) -> dict:
         """The metrics of one global batch without training on it."""
         _, metrics = self._run_until_it_fits(
+            state,
+            Stopwatch(),
             lambda bucket: self._evaluation_program(bucket)(
                 state.rows, state.vocabulary, state.router_bias, self.place_batch(sequences)
             ),
@@ -169,13 +180,18 @@ class Stepper:
             )
         return self._evaluation_programs[bucket]
 
-    def _run_until_it_fits(self, run, read_metrics):
+    def _run_until_it_fits(self, state: TrainState, watch: Stopwatch, run, read_metrics):
         """Runs in growing buckets until no message overflows: (outputs, metrics on the host)."""
         reruns = 0
         while True:
             bucket = self.chooser.current
-            outputs = run(bucket)
-            metrics = jax.device_get(read_metrics(outputs))
+            with watch("pipeline"):
+                outputs = run(bucket)
+            with watch("update"):
+                # The program is queued behind the last update: watching that end costs no time.
+                state.wait()
+            with watch("pipeline"):
+                metrics = jax.device_get(read_metrics(outputs))
             needed = Bucket(int(metrics["rows_needed"]), int(metrics["sorted_rows_needed"]))
             if not self.chooser.overflowed(needed):
                 self.chooser.step_done()

@@ -1,6 +1,7 @@
 """The training run, act by act: devices, input, state, report, loop, held-out evaluation."""
 
 import dataclasses
+import math
 import time
 
 import jax
@@ -11,8 +12,10 @@ from disag_jax.batches import Batches
 from disag_jax.bigram import BigramModel
 from disag_jax.checkpoint import Checkpoints
 from disag_jax.config import Config, ConfigError, Dtype
+from disag_jax.display import Display, make_display
 from disag_jax.geometry import placement_of
-from disag_jax.metrics import MetricsLog, Progress
+from disag_jax.metrics import MetricsLog, StepMeter
+from disag_jax.profiling import Profiler, Stopwatch
 from disag_jax.state import TrainState
 from disag_jax.step import Stepper
 from disag_jax.workdir import Workdir
@@ -32,7 +35,34 @@ class Inputs:
     bigram_loss: float
 
 
-def train(config: Config, workdir: str, *, resume: bool = False, step: int | None = None) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Where the results of a run go."""
+
+    display: Display
+    log: MetricsLog
+    checkpoints: Checkpoints
+    profiler: Profiler
+
+    def record(self, record: dict):
+        self.log.write(record)
+        self.display.record(record)
+
+    def close(self):
+        self.profiler.close()
+        self.checkpoints.close()
+        self.log.close()
+        self.display.close()
+
+
+def train(
+    config: Config,
+    workdir: str,
+    *,
+    resume: bool = False,
+    step: int | None = None,
+    profile_steps: range | None = None,
+) -> dict:
     """Runs the experiment and returns the last evaluation's results.
 
     Results go to `workdir`: config.json, metrics.jsonl, checkpoints/. With `resume` it goes on from
@@ -55,13 +85,18 @@ def train(config: Config, workdir: str, *, resume: bool = False, step: int | Non
         keep_every=config.run.keep_checkpoint_every,
     )
     state = checkpoints.restore(step)[0] if resume else stepper.init(config.run.seed)
-    print(startup_report.start_up(stepper, inputs.description), flush=True)
-    log = MetricsLog(directory.metrics)
+    outputs = Outputs(
+        display=make_display(config),
+        log=MetricsLog(directory.metrics, directory.tensorboard, next_step=state.step + 1),
+        checkpoints=checkpoints,
+        profiler=Profiler(directory.profile, profile_steps),
+    )
     try:
-        state = _loop(config, stepper, state, inputs, log, checkpoints)
+        outputs.display.say(startup_report.start_up(stepper, inputs.description))
+        state = _loop(config, stepper, state, inputs, outputs)
+        return _evaluate(stepper, state, inputs, outputs)
     finally:
-        checkpoints.close()
-    return _evaluate(stepper, state, inputs, log)
+        outputs.close()
 
 
 def make_meshes(config: Config) -> Meshes:
@@ -101,36 +136,46 @@ def load_inputs(config: Config) -> Inputs:
 
 
 def _loop(
-    config: Config, stepper: Stepper, state: TrainState, inputs: Inputs, log, checkpoints
+    config: Config, stepper: Stepper, state: TrainState, inputs: Inputs, outputs: Outputs
 ) -> TrainState:
-    progress = Progress(config)
+    meter, began = StepMeter(config, stepper.meshes), time.perf_counter()
     while state.step < config.run.num_steps:
-        began = time.perf_counter()
-        state, metrics = stepper.train_step(state, inputs.train.step(state.step))
-        metrics["step_seconds"] = time.perf_counter() - began
-        progress.add(metrics)
+        outputs.profiler.before_step(state)
+        with jax.profiler.StepTraceAnnotation("step", step_num=state.step):
+            watch = Stopwatch()
+            with watch("input_wait"):
+                batch = inputs.train.step(state.step)
+            state, metrics = stepper.train_step(state, batch)
+        ended = time.perf_counter()
+        meter.add(metrics | watch.seconds | {"step_seconds": ended - began})
+        began = ended
+        outputs.display.step(state.step, metrics["loss"])
         last = state.step == config.run.num_steps
         if state.step % config.run.log_every == 0 or last:
-            log.write(progress.record(state.step))
-            print(progress.line(state.step), flush=True)
+            outputs.record(meter.record(state.step))
         if _due(state.step, config.run.checkpoint_every) or (last and config.run.checkpoint_every):
-            checkpoints.save(state, {"config": dataclasses.asdict(config)}, force=last)
+            outputs.checkpoints.save(state, {"config": dataclasses.asdict(config)}, force=last)
+            began = time.perf_counter()
         if _due(state.step, config.run.eval_every) and not last:
-            _evaluate(stepper, state, inputs, log)
+            _evaluate(stepper, state, inputs, outputs)
+            began = time.perf_counter()
     return state
 
 
-def _evaluate(stepper: Stepper, state: TrainState, inputs: Inputs, log) -> dict:
-    """Held-out loss of the model and of the bigram baseline on the same tokens, in nats."""
+def _evaluate(stepper: Stepper, state: TrainState, inputs: Inputs, outputs: Outputs) -> dict:
+    """Loss of the model and of the bigram baseline on the same held-out tokens, in nats."""
     batches = range(stepper.config.run.eval_batches)
     losses = [stepper.evaluate(state, inputs.held_out.step(i))["loss"] for i in batches]
+    loss = float(np.mean(losses))
     result = {
         "step": state.step,
-        "held_out_loss": float(np.mean(losses)),
+        "held_out_loss": loss,
+        "perplexity": float(np.exp(loss)),
+        "bits_per_byte": loss / math.log(2),
         "bigram_loss": inputs.bigram_loss,
     }
-    log.write(result)
-    print(startup_report.evaluation(result), flush=True)
+    outputs.log.write(result)
+    outputs.display.say(startup_report.evaluation(result))
     return result
 
 

@@ -1,8 +1,10 @@
 """The directory that a run writes to."""
 
 import dataclasses
+import enum
 import json
 import pathlib
+import typing
 
 from disag_jax.config import Config, ConfigError
 
@@ -15,6 +17,8 @@ class Workdir:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
 
     def open(self, config: Config, *, resume: bool):
         """Creates or reopens the directory.
@@ -29,23 +33,68 @@ class Workdir:
             )
         if resume and not used:
             raise ConfigError(f"workdir = {path!r} must hold a run to resume")
-        text = json.dumps(dataclasses.asdict(config), indent=2)
         if used:
-            _check_same_model(path, json.loads(self.config.read_text()), json.loads(text))
+            self._check_same_run(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.config.write_text(text)
+            self.config.write_text(json.dumps(dataclasses.asdict(config), indent=2))
         except OSError as error:
             raise ConfigError(
                 f"workdir = {path!r} must be a writable directory: {error.strerror}"
             ) from error
 
-
-def _check_same_model(path: str, before: dict, now: dict):
-    """The split and the schedule of a resumed run may change; the model may not."""
-    for field, value in before["model"].items():
-        if now["model"].get(field) != value:
+    def read_config(self) -> Config:
+        """The config of the run that the directory holds; ConfigError if there is no such run."""
+        try:
+            return config_from_dict(json.loads(self.config.read_text()))
+        except OSError as error:
             raise ConfigError(
-                f"model.{field} = {now['model'].get(field)!r} must be {value!r}, as in the run "
-                f"that workdir {path!r} holds"
+                f"workdir = {str(self.path)!r} must hold a run, but its config.json cannot be "
+                f"read: {error.strerror}"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(f"{self.config}: {error}") from error
+
+    def _check_same_run(self, now: Config):
+        """The split and the schedule of a resumed run may change; model and data may not.
+
+        The data position is the step, so the sequences of each step must be the same.
+        """
+        before, run = self.read_config(), f"as in the run that workdir {str(self.path)!r} holds"
+        fields = [("model", field.name) for field in dataclasses.fields(now.model)]
+        for section, name in [*fields, ("batch", "sequence_length"), ("run", "seed")]:
+            here, there = (getattr(getattr(c, section), name) for c in (now, before))
+            if here != there:
+                raise ConfigError(f"{section}.{name} = {here!r} must be {there!r}, {run}")
+        if now.sequences_per_step != before.sequences_per_step:
+            raise ConfigError(
+                f"batch.micro_batches = {now.batch.micro_batches} must make steps of "
+                f"{before.sequences_per_step} sequences, not {now.sequences_per_step}, {run}"
             )
+
+
+def config_from_dict(values: dict) -> Config:
+    """The config that `dataclasses.asdict` and JSON made `values` of.
+
+    A field that is absent has its default; ConfigError for an unknown one or a wrong value.
+    """
+    return _restored(Config, values, "config").validate()
+
+
+def _restored(kind, value, path: str):
+    """A field's value of its type, from what JSON made of it."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        types = {field.name: field.type for field in dataclasses.fields(kind)}
+        unknown = next((name for name in value if name not in types), None)
+        if unknown is not None:
+            raise ConfigError(
+                f"{path}.{unknown} must be a field of {kind.__name__}: {', '.join(types)}"
+            )
+        return kind(**{n: _restored(types[n], v, f"{path}.{n}") for n, v in value.items()})
+    if isinstance(kind, enum.EnumType) and value in list(kind):
+        return kind(value)
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        item = typing.get_args(kind)[0]
+        return tuple(_restored(item, v, path) for v in value)
+    # Whatever else it is, `Config.validate` has the rule.
+    return value

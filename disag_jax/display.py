@@ -1,0 +1,124 @@
+"""What a run shows while it runs: a progress bar in a terminal, plain lines elsewhere."""
+
+import sys
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+
+from disag_jax.config import Config
+
+# Sharing the terminal's width with the numbers.
+BAR_WIDTH = 20
+
+
+class Display:
+    """Shows nothing, which is right for every process but the first; also the interface."""
+
+    def say(self, text: str):
+        """Shows text that stays."""
+
+    def step(self, step: int, loss: float):
+        """Takes note of a step."""
+
+    def record(self, record: dict):
+        """Shows a log record (disag_jax/metrics.py)."""
+
+    def close(self):
+        """Gives the terminal back."""
+
+
+class PlainDisplay(Display):
+    """Prints a line per record, for files and pipes."""
+
+    def __init__(self, num_steps: int):
+        self._num_steps = num_steps
+
+    def say(self, text: str):
+        print(text, flush=True)
+
+    def record(self, record: dict):
+        self.say(line(record, self._num_steps))
+
+
+class BarDisplay(Display):
+    """Keeps the main numbers of the last record beside a progress bar; other text goes above it."""
+
+    def __init__(self, num_steps: int, console: rich.console.Console | None = None):
+        columns = rich.progress
+        self._bar = columns.Progress(
+            columns.MofNCompleteColumn(),
+            columns.BarColumn(BAR_WIDTH),
+            columns.TimeRemainingColumn(compact=True),
+            columns.TextColumn("loss {task.fields[loss]:.4f}"),
+            columns.TextColumn("{task.fields[numbers]}"),
+            console=console,
+            speed_estimate_period=600,
+        )
+        self._num_steps = num_steps
+        self._task = None
+
+    def say(self, text: str):
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def step(self, step: int, loss: float):
+        if self._task is None:
+            # Not earlier: the time to compile would spoil the estimate of what remains.
+            self._task = self._bar.add_task(
+                "", total=self._num_steps, completed=step, loss=loss, numbers=""
+            )
+            self._bar.start()
+        self._bar.update(self._task, completed=step, loss=loss)
+
+    def record(self, record: dict):
+        self._bar.update(self._task, numbers="  ".join([*_speed(record), _load(record)]))
+
+    def close(self):
+        self._bar.stop()
+
+
+def make_display(config: Config) -> Display:
+    """The display that suits this process and its standard output."""
+    if jax.process_index() != 0:
+        return Display()
+    kind = BarDisplay if sys.stdout.isatty() else PlainDisplay
+    return kind(config.run.num_steps)
+
+
+def line(record: dict, num_steps: int) -> str:
+    """A log record as one line. Of the layers' loads it says the worst, of their costs the mean."""
+    parts = [
+        f"step {record['step']:>5}/{num_steps}",
+        f"loss {record['loss']:.4f}",
+        f"grad norm {record['gradient_norm']:.3f}",
+        *_speed(record),
+        _seconds(record),
+        f"{_load(record)} in layer {int(np.argmax(record['expert_load']))}",
+        f"imbalance cost {np.mean(record['imbalance_cost']):.0%}",
+        f"dead experts {sum(record['dead_experts'])}",
+        f"dropped {sum(record['dropped_pairs'])}",
+    ]
+    if record["bucket_reruns"]:
+        parts.append(f"re-runs {record['bucket_reruns']}")
+    return "  ".join(parts)
+
+
+def _speed(record: dict) -> list[str]:
+    """Tokens per second and what they take of a device."""
+    speed = [
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+        f"{record['tflops_per_device']:.3g} TFLOP/s per device",
+    ]
+    return [*speed, f"MFU {record['mfu']:.1%}"] if "mfu" in record else speed
+
+
+def _seconds(record: dict) -> str:
+    """A step's time and its parts."""
+    names = {"pipeline": "pipeline", "update": "update", "input_wait": "input", "host": "host"}
+    parts = ", ".join(f"{name} {record[f'{part}_seconds']:.3f}" for part, name in names.items())
+    return f"{record['step_seconds']:.3f} s a step ({parts})"
+
+
+def _load(record: dict) -> str:
+    return f"load max/mean {max(record['expert_load']):.2f}"

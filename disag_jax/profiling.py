@@ -1,0 +1,81 @@
+"""Where the time of a step goes: seconds of its named parts, and traces of whole steps."""
+
+import collections
+import contextlib
+import pathlib
+import re
+import time
+
+import jax
+
+from disag_jax.config import ConfigError
+from disag_jax.state import TrainState
+
+
+class Stopwatch:
+    """Adds up the seconds that named parts of a step take on the host, waiting included.
+
+    In a trace the parts are spans of the same names.
+    """
+
+    def __init__(self):
+        self._seconds = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, part: str):
+        began = time.perf_counter()
+        with jax.profiler.TraceAnnotation(part):
+            yield
+        self._seconds[part] += time.perf_counter() - began
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The sums, as `<part>_seconds`."""
+        return {f"{part}_seconds": seconds for part, seconds in self._seconds.items()}
+
+
+def parse_steps(text: str | None) -> range | None:
+    """The steps that a `--profile_steps` of "begin:end" names; ConfigError if it names none."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    steps = range(*map(int, match.groups())) if match else range(0)
+    if not steps:
+        raise ConfigError(
+            f"--profile_steps = {text!r} must be begin:end, two step numbers with begin < end: "
+            "10:13 traces steps 10, 11 and 12, counted from 0"
+        )
+    return steps
+
+
+class Profiler:
+    """Traces some steps of a run into a directory that TensorBoard and Perfetto open.
+
+    Each process traces its own devices. Tracing slows its steps down.
+    """
+
+    def __init__(self, directory: pathlib.Path, steps: range | None):
+        self._directory, self._steps = directory, steps or range(0)
+        self._is_tracing = False
+
+    def before_step(self, state: TrainState):
+        """Starts or ends the trace if `state.step` is the step to do so at."""
+        wanted = state.step in self._steps
+        if wanted == self._is_tracing:
+            return
+        # Whole steps: the update of the one before ends first.
+        state.wait()
+        if wanted:
+            options = jax.profiler.ProfileOptions()
+            # Every Python call would be a span, and they would drown the rest.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(self._directory, profiler_options=options)
+            self._is_tracing = True
+        else:
+            self.close()
+
+    def close(self):
+        """Ends a trace under way and writes it."""
+        if self._is_tracing:
+            jax.profiler.stop_trace()
+        self._is_tracing = False
