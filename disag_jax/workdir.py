@@ -83,7 +83,9 @@ def config_from_dict(values: dict) -> Config:
 
 def _restored(kind, value, path: str):
     """A field's value of its type, from what JSON made of it."""
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} = {value!r} must hold the fields of {kind.__name__}")
         types = {field.name: field.type for field in dataclasses.fields(kind)}
         unknown = next((name for name in value if name not in types), None)
         if unknown is not None:

@@ -1,0 +1,95 @@
+"""A run's directory: its config comes back from it, and it is not another run's."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+
+import pytest
+
+from disag_jax.config import Config, ConfigError, RouterScore, SplitConfig
+from disag_jax.workdir import Workdir, config_from_dict
+from tests import support
+
+CONFIGS = sorted(path.stem for path in pathlib.Path(__file__).parent.parent.glob("configs/[!_]*.py"))
+
+
+def small_config(**model) -> Config:
+    config = support.small_config(SplitConfig(stages=2), router_score=RouterScore.SIGMOID, **model)
+    config.data.paths = ("a", "b")
+    return config
+
+
+def workdir_of(config: Config, path: pathlib.Path) -> Workdir:
+    workdir = Workdir(str(path / "run"))
+    workdir.open(config, resume=False)
+    return workdir
+
+
+def test_the_config_comes_back(tmp_path):
+    config = small_config(capacity_factor=1.5)
+    assert workdir_of(config, tmp_path).read_config() == config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_comes_back(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_an_absent_field_has_its_default():
+    assert config_from_dict({"name": "old", "model": {"top_k": 3}}).model.top_k == 3
+    assert config_from_dict({}) == Config()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"modle": {}}, r"config\.modle must be a field of Config: name, model, split"),
+        ({"model": {"layers": 3}}, r"config\.model\.layers must be a field of ModelConfig: vocab"),
+        ({"model": 3}, r"config\.model = 3 must hold the fields of ModelConfig"),
+        ([], r"config = \[\] must hold the fields of Config"),
+        ({"model": {"router_score": "best"}}, r"model\.router_score = 'best' must be one of"),
+        ({"data": {"paths": "text"}}, r"data\.paths = 'text' must be a tuple of strings"),
+        ({"model": {"top_k": 99}}, r"model\.top_k = 99 must be at most model\.num_experts"),
+    ],
+)
+def test_a_wrong_config_is_named(values, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(values)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=rf"config\.json: {message}"):
+        Workdir(str(tmp_path)).read_config()
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"workdir = '.*' must hold a run, but its config\.json"):
+        Workdir(str(tmp_path)).read_config()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: Expecting property name"):
+        Workdir(str(tmp_path)).read_config()
+
+
+OTHER_RUNS = [
+    ("model", "num_experts", 5, r"model\.num_experts = 5 must be 6, as in the run"),
+    ("batch", "sequence_length", 16, r"batch\.sequence_length = 16 must be 8, as in"),
+    ("run", "seed", 7, r"run\.seed = 7 must be 0, as in"),
+    ("batch", "micro_batches", 5, r"micro_batches = 5 must make steps of 6 sequences, not 10, as"),
+]
+
+
+@pytest.mark.parametrize("section, field, value, message", OTHER_RUNS)
+def test_another_run_does_not_go_on_here(section, field, value, message, tmp_path):
+    workdir, config = workdir_of(small_config(), tmp_path), small_config()
+    setattr(getattr(config, section), field, value)
+    with pytest.raises(ConfigError, match=message):
+        workdir.open(config, resume=True)
+    assert workdir.read_config() == small_config()
+
+
+def test_another_split_goes_on(tmp_path):
+    workdir, config = workdir_of(small_config(), tmp_path), small_config()
+    config.split = SplitConfig(stages=1, attention_workers=3, expert_workers=2)
+    config.batch.micro_batches = 1
+    workdir.open(config, resume=True)
+    assert workdir.read_config() == config
