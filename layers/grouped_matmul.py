@@ -70,9 +70,49 @@ def order_by_expert(ids_nK, num_experts: int, num_sorted: int, tile: int):
 def grouped_matmul(x_PD, w_EDF, tile_expert):
     """Returns [P, F]: each tile of rows times the weights of its expert.
 
-    Padding rows must be zero; rows of unused tiles come out zero. This is the portable reference, a
-    tile at a time and only the used ones; a GPU kernel takes its place.
+    Padding rows must be zero; rows of unused tiles are unspecified.
     """
+    if _hopper_runs(x_PD, w_EDF):
+        return _hopper().rows_times_weights(x_PD, w_EDF, tile_expert, transpose=False)
+    return _portable_matmul(x_PD, w_EDF, tile_expert)
+
+
+def _forward(x_PD, w_EDF, tile_expert):
+    return grouped_matmul(x_PD, w_EDF, tile_expert), (x_PD, w_EDF, tile_expert)
+
+
+def _backward(saved, dy_PF):
+    x_PD, w_EDF, tile_expert = saved
+    if _hopper_runs(x_PD, w_EDF):
+        dx_PD = _hopper().rows_times_weights(dy_PF, w_EDF, tile_expert, transpose=True)
+        dw_EDF = _hopper().weight_gradient(x_PD, dy_PF, tile_expert, w_EDF.shape[0], w_EDF.dtype)
+    else:
+        dx_PD = _portable_matmul(dy_PF, jnp.swapaxes(w_EDF, 1, 2), tile_expert)
+        dw_EDF = _portable_weight_gradient(x_PD, dy_PF, tile_expert, w_EDF)
+    return dx_PD, dw_EDF, None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _hopper_runs(x_PD, w_EDF) -> bool:
+    """Whether the Hopper kernels take these operands: bfloat16, widths in steps of 64."""
+    if jax.default_backend() != "gpu" or x_PD.dtype != jnp.bfloat16:
+        return False
+    return jax.devices()[0].compute_capability == "9.0" and not any(
+        width % 64 for width in w_EDF.shape[1:]
+    )
+
+
+def _hopper():
+    """The kernels' module, which needs JAX's GPU support to import."""
+    from layers import grouped_matmul_hopper
+
+    return grouped_matmul_hopper
+
+
+def _portable_matmul(x_PD, w_EDF, tile_expert):
+    """The product anywhere, a tile at a time and only the used ones."""
     num_experts, width = w_EDF.shape[0], w_EDF.shape[2]
 
     def multiply(tile):
@@ -87,17 +127,7 @@ def grouped_matmul(x_PD, w_EDF, tile_expert):
     return lax.map(multiply, tiles).reshape(-1, width)
 
 
-def _forward(x_PD, w_EDF, tile_expert):
-    return grouped_matmul(x_PD, w_EDF, tile_expert), (x_PD, w_EDF, tile_expert)
-
-
-def _backward(saved, dy_PF):
-    x_PD, w_EDF, tile_expert = saved
-    dx_PD = grouped_matmul(dy_PF, jnp.swapaxes(w_EDF, 1, 2), tile_expert)
-    return dx_PD, _weight_gradient(x_PD, dy_PF, tile_expert, w_EDF), None
-
-
-def _weight_gradient(x_PD, dy_PF, tile_expert, w_EDF):
+def _portable_weight_gradient(x_PD, dy_PF, tile_expert, w_EDF):
     """Sums x^T dy of each expert's tiles, one tile at a time into one buffer."""
     num_tiles, num_experts = tile_expert.shape[0], w_EDF.shape[0]
 
@@ -117,6 +147,3 @@ def _weight_gradient(x_PD, dy_PF, tile_expert, w_EDF):
     )
     zeros = jnp.zeros(w_EDF.shape, accumulation_dtype(w_EDF.dtype))
     return lax.scan(add_tile, zeros, tiles)[0].astype(w_EDF.dtype)
-
-
-grouped_matmul.defvjp(_forward, _backward)

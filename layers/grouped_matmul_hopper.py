@@ -1,0 +1,241 @@
+"""Grouped matrix products on Hopper GPUs, as Pallas Mosaic kernels.
+
+Because every tile of rows belongs to one expert, the product of rows is the dense warp-specialised
+kernel with an indexed weight operand, and the weight gradient is one dense product per expert whose
+inner dim runs over the expert's tiles. Two compute warpgroups share a block of 128 x 256 outputs; a
+third one loads the operands. Measured in benchmarks/README.md.
+
+Source of the technique: the Hopper matmul and ragged-dot examples that ship with JAX
+(jax.experimental.pallas.ops.gpu).
+
+Legend: P sorted rows, A inner width, B outer width, E experts.
+"""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 128  # of one tile; the block's height
+WARPGROUP_COLUMNS = 128
+COLUMNS = 2 * WARPGROUP_COLUMNS
+DEPTH = 64  # of one pipeline step
+EPILOGUE = 64  # the output leaves in squares of this size
+STRIPE = 8  # blocks of columns that neighbours in time share, for the L2 cache
+LOADER_REGISTERS = 40
+
+# jax 0.10 calls the argument out_shape.
+_OUT = "out_type" if "out_type" in inspect.signature(plgpu.kernel).parameters else "out_shape"
+
+
+def rows_times_weights(x_PA, w, tile_expert, *, transpose: bool):
+    """Each tile of 128 rows times its expert's weights: [P, B], unspecified in unused tiles.
+
+    w: [E, A, B], or with `transpose` [E, B, A]. A must be a multiple of 64.
+    """
+    num_experts = w.shape[0]
+    num_rows, inner = x_PA.shape
+    outer = w.shape[1] if transpose else w.shape[2]
+    assert num_rows % ROWS == 0 and inner % DEPTH == 0, (x_PA.shape, w.shape)
+    blocks = (num_rows // ROWS, pl.cdiv(outer, COLUMNS))
+    transforms = _transforms(DEPTH, x_PA.dtype)
+    concurrent_steps = _concurrent_steps(x_PA.dtype)
+
+    def pipeline(body, compute_context, row_block=0, column_block=0):
+        weight_block = (COLUMNS, DEPTH) if transpose else (DEPTH, COLUMNS)
+        return _pipeline(
+            body,
+            compute_context,
+            steps=inner // DEPTH,
+            concurrent_steps=concurrent_steps,
+            in_specs=[
+                _spec((ROWS, DEPTH), lambda k: (row_block, k), transforms),
+                _spec(
+                    weight_block,
+                    (lambda k: (column_block, k)) if transpose else (lambda k: (k, column_block)),
+                    transforms,
+                ),
+            ],
+        )
+
+    def kernel(tile_expert, x, w, out):
+        def in_scope(allocations, staging):
+            group = lax.axis_index("wg")
+            columns = pl.ds(group * WARPGROUP_COLUMNS, WARPGROUP_COLUMNS)
+
+            def block(row_block, column_block):
+                expert = tile_expert[row_block]
+
+                def multiply(_, x_tile, w_tile, acc):
+                    weights = (
+                        w_tile.at[columns].transpose((1, 0)) if transpose else w_tile.at[:, columns]
+                    )
+                    plgpu.wgmma(acc, x_tile, weights)
+                    plgpu.wgmma_wait(0)
+                    return acc
+
+                @pl.when(expert < num_experts)
+                def _():
+                    target = out.at[
+                        pl.ds(row_block * ROWS, ROWS),
+                        pl.ds(
+                            column_block * COLUMNS + group * WARPGROUP_COLUMNS, WARPGROUP_COLUMNS
+                        ),
+                    ]
+                    context = functools.partial(_compute_and_store, staging, target, group)
+                    pipeline(multiply, context, row_block, column_block)(
+                        x, w.at[expert], allocations=allocations
+                    )
+
+            _for_each_block(blocks, block)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        _with_buffers(in_scope, pipeline(_ignore, _ignore), (x, w.at[0]), out.dtype)
+
+    return _call(kernel, jax.ShapeDtypeStruct((num_rows, outer), x_PA.dtype))(tile_expert, x_PA, w)
+
+
+def weight_gradient(x_PA, dy_PB, tile_expert, num_experts: int, dtype):
+    """The sum of x^T dy over each expert's tiles: [E, A, B] of `dtype`."""
+    inner, outer = x_PA.shape[1], dy_PB.shape[1]
+    blocks = (num_experts * pl.cdiv(inner, ROWS), pl.cdiv(outer, COLUMNS))
+    transforms = _transforms(DEPTH, x_PA.dtype)
+    tiles_E = jnp.sum(tile_expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    first_E = (jnp.cumsum(tiles_E) - tiles_E).astype(jnp.int32)
+    steps_per_tile = ROWS // DEPTH
+    concurrent_steps = _concurrent_steps(dtype)
+
+    def pipeline(
+        body, compute_context, steps=concurrent_steps, first=0, row_block=0, column_block=0
+    ):
+        return _pipeline(
+            body,
+            compute_context,
+            steps=steps,
+            concurrent_steps=concurrent_steps,
+            in_specs=[
+                _spec((DEPTH, ROWS), lambda k: (first + k, row_block), transforms),
+                _spec((DEPTH, COLUMNS), lambda k: (first + k, column_block), transforms),
+            ],
+        )
+
+    def kernel(tiles, firsts, x, dy, out):
+        def in_scope(allocations, staging):
+            group = lax.axis_index("wg")
+            columns = pl.ds(group * WARPGROUP_COLUMNS, WARPGROUP_COLUMNS)
+
+            def multiply(_, x_tile, dy_tile, acc):
+                plgpu.wgmma(acc, x_tile.transpose((1, 0)), dy_tile.at[:, columns])
+                plgpu.wgmma_wait(0)
+                return acc
+
+            def block(expert_and_row, column_block):
+                blocks_per_expert = pl.cdiv(inner, ROWS)
+                expert = lax.div(expert_and_row, jnp.int32(blocks_per_expert))
+                row_block = lax.rem(expert_and_row, jnp.int32(blocks_per_expert))
+                target = out.at[
+                    expert,
+                    pl.ds(row_block * ROWS, ROWS),
+                    pl.ds(column_block * COLUMNS + group * WARPGROUP_COLUMNS, WARPGROUP_COLUMNS),
+                ]
+                context = functools.partial(_compute_and_store, staging, target, group)
+                steps = tiles[expert] * steps_per_tile
+                first = firsts[expert] * steps_per_tile
+                pipeline(multiply, context, steps, first, row_block, column_block)(
+                    x, dy, allocations=allocations
+                )
+
+            _for_each_block(blocks, block)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        _with_buffers(in_scope, pipeline(_ignore, _ignore), (x, dy), out.dtype)
+
+    out = jax.ShapeDtypeStruct((num_experts, inner, outer), dtype)
+    return _call(kernel, out)(tiles_E, first_E, x_PA, dy_PB)
+
+
+def _concurrent_steps(out_dtype) -> int:
+    """Steps loaded ahead: what shared memory has room for beside the staged output."""
+    return 4 if jnp.dtype(out_dtype).itemsize <= 2 else 3
+
+
+def _ignore(*_, **__):
+    """Stands for the body where only a pipeline's buffers are asked for."""
+
+
+def _pipeline(body, compute_context, *, steps, concurrent_steps, in_specs):
+    return plgpu.emit_pipeline_warp_specialized(
+        body,
+        grid=(steps,),
+        memory_registers=LOADER_REGISTERS,
+        in_specs=in_specs,
+        wg_axis="wg",
+        num_compute_wgs=2,
+        max_concurrent_steps=concurrent_steps,
+        compute_context=compute_context,
+    )
+
+
+def _spec(shape, index_map, transforms):
+    return plgpu.BlockSpec(shape, index_map, transforms=transforms, memory_space=plgpu.SMEM)
+
+
+def _transforms(width: int, dtype):
+    """Tiling and swizzle of a shared-memory buffer whose rows are cut into `width` elements."""
+    swizzle = plgpu.find_swizzle(width * jnp.dtype(dtype).itemsize * 8)
+    elements = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(swizzle)
+
+
+def _with_buffers(function, pipeline, operands, out_dtype):
+    """Calls `function(allocations, staging)`; staging holds two output squares per warpgroup."""
+    staging = plgpu.SMEM(
+        (2, 2, EPILOGUE, EPILOGUE), out_dtype, transforms=_transforms(EPILOGUE, out_dtype)
+    )
+    pl.run_scoped(function, pipeline.get_allocations(*operands), staging, collective_axes="wg")
+
+
+def _for_each_block(blocks, block):
+    """Deals the blocks to the processors, neighbours in time sharing operands."""
+
+    @plgpu.nd_loop((blocks[0] * blocks[1],), collective_axes="sm")
+    def _(loop):
+        block(*plgpu.planar_snake(loop.index[0], blocks, 1, STRIPE))
+
+
+def _compute_and_store(staging, target, group, run_pipeline):
+    """Runs a block's pipeline on an accumulator and stores the result square by square."""
+
+    def with_accumulator(acc):
+        run_pipeline(acc)
+        result = acc[...].astype(staging.dtype)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        squares = [
+            (slice(r, r + EPILOGUE), slice(c, c + EPILOGUE))
+            for r in range(0, ROWS, EPILOGUE)
+            for c in range(0, WARPGROUP_COLUMNS, EPILOGUE)
+        ]
+        for number, square in enumerate(squares):
+            slot = staging.at[group, number % 2]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            slot[...] = result[square]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(slot, target.at[square])
+
+    pl.run_scoped(with_accumulator, plgpu.ACC((ROWS, WARPGROUP_COLUMNS), jnp.float32))
+
+
+def _call(kernel, out):
+    return plgpu.kernel(
+        kernel,
+        grid=(jax.devices()[0].core_count,),
+        grid_names=("sm",),
+        num_threads=3,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **{_OUT: out},
+    )
