@@ -131,6 +131,7 @@ def make_message(geometry: Geometry, h_TD, gate_TK, dispatch: Dispatch, rank) ->
     )
 
 
+@jax.named_scope("combine")
 def combine(geometry: Geometry, message: Message):
     """Finished hidden states [T, D]: the sum of each token's copies."""
     g = geometry

@@ -99,6 +99,8 @@ def line(record: dict, num_steps: int) -> str:
         f"dead experts {sum(record['dead_experts'])}",
         f"dropped {sum(record['dropped_pairs'])}",
     ]
+    if "compile_seconds" in record:
+        parts.append(f"compiling {record['compile_seconds']:.0f} s")
     if record["bucket_reruns"]:
         parts.append(f"re-runs {record['bucket_reruns']}")
     return "  ".join(parts)

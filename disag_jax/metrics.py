@@ -154,7 +154,11 @@ class MetricsLog:
         self._lines = lines
         self._events = None
         if jax.process_index() == 0:
-            self._events = tensorboardX.SummaryWriter(str(events), purge_step=next_step)
+            # Files are named by the second: two runs in one would share a file.
+            suffix = f".{next_step}"
+            self._events = tensorboardX.SummaryWriter(
+                str(events), purge_step=next_step, filename_suffix=suffix
+            )
 
     def write(self, record: dict):
         if self._events is None:

@@ -58,11 +58,11 @@ class Profiler:
         self._directory, self._steps = directory, steps or range(0)
         self._is_tracing = False
 
-    def before_step(self, state: TrainState):
-        """Starts or ends the trace if `state.step` is the step to do so at."""
+    def before_step(self, state: TrainState) -> bool:
+        """Starts or ends the trace if `state.step` is the step to do so at; whether it did."""
         wanted = state.step in self._steps
         if wanted == self._is_tracing:
-            return
+            return False
         # Whole steps: the update of the one before ends first.
         state.wait()
         if wanted:
@@ -73,6 +73,7 @@ class Profiler:
             self._is_tracing = True
         else:
             self.close()
+        return True
 
     def close(self):
         """Ends a trace under way and writes it."""

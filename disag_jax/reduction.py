@@ -6,6 +6,7 @@ GPUs that is an error): the workers of a role in a stage, the workers of a stage
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -16,6 +17,7 @@ from layers.head import HeadParams
 from mesh.placement import ALL_DEVICES, REPLICA, WORKER, Whoami
 
 
+@jax.named_scope("gather_weights")
 def gather_weights(geometry: Geometry, rows, vocabulary, router_bias) -> Weights:
     """This worker's weights, from its shard of the program's arguments.
 
@@ -42,6 +44,7 @@ def gather_weights(geometry: Geometry, rows, vocabulary, router_bias) -> Weights
     )
 
 
+@jax.named_scope("reduce_gradients")
 def reduce_grads(geometry: Geometry, layouts: Layouts, grads: Grads):
     """Sums gradients over the workers that share a parameter.
 
@@ -57,6 +60,7 @@ def reduce_grads(geometry: Geometry, layouts: Layouts, grads: Grads):
     return rows[None], vocabulary, _norms(geometry, layouts, rows, vocabulary)
 
 
+@jax.named_scope("reduce_metrics")
 def reduce_stats(geometry: Geometry, stats: Stats, num_labels, aux_scales) -> dict:
     """The step's metrics, equal on every device.
 

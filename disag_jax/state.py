@@ -254,6 +254,8 @@ class StateManager:
                 return params, opt_state, self._pack[name](params, compute)
             return params, opt_state, jax.tree.map(lambda x: x.astype(compute), params)
 
+        # Its name in a profile.
+        update.__name__ = f"update_{name}"
         copy_specs = self._rows_spec.get(name, VOCABULARY_SPECS)
         in_specs = (group.specs, group.opt_specs, copy_specs, EVERYWHERE, EVERYWHERE)
         out_specs = (group.specs, group.opt_specs, copy_specs)

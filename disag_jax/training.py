@@ -140,7 +140,8 @@ def _loop(
 ) -> TrainState:
     meter, began = StepMeter(config, stepper.meshes), time.perf_counter()
     while state.step < config.run.num_steps:
-        outputs.profiler.before_step(state)
+        if outputs.profiler.before_step(state):
+            began = time.perf_counter()
         with jax.profiler.StepTraceAnnotation("step", step_num=state.step):
             watch = Stopwatch()
             with watch("input_wait"):

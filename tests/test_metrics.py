@@ -1,0 +1,204 @@
+"""Log records against plain sums; what is written to the workdir and shown on the terminal."""
+
+import dataclasses
+import io
+import json
+import struct
+import types
+
+import jax
+import numpy as np
+import pytest
+import rich.console
+from tensorboardX.proto import event_pb2
+
+from disag_jax import display, metrics
+from disag_jax.config import SplitConfig
+from disag_jax.flops import model_flops
+from disag_jax.geometry import Bucket
+from mesh.placement import ExpertPlaces
+from tests import support
+
+CONFIG = support.small_config(SplitConfig(stages=1, attention_workers=1, expert_workers=4))
+
+
+def step_metrics(counts, *, seconds=(2.0, 0.1, 1.5, 0.3), compiled=False, reruns=0, **fields):
+    """One step's metrics; seconds are of the step, the input wait, the pipeline, the update."""
+    names = ("step_seconds", *metrics.PARTS)
+    return {
+        **dict.fromkeys(metrics.MEANS, 1.0),
+        **dict(zip(names, seconds, strict=True)),
+        "expert_counts": np.array(counts),
+        "dropped_pairs": np.zeros(len(counts), int),
+        "bucket_reruns": reruns,
+        "bucket": Bucket(8, 16),
+        "compiled": compiled,
+        **fields,
+    }
+
+
+def make_record(*steps, config=CONFIG):
+    meter = metrics.StepMeter(config, support.make_stepper(config).meshes)
+    for step in steps:
+        meter.add(step)
+    return meter.record(len(steps))
+
+
+EVEN, UNEVEN = [4, 4, 4, 4, 4, 4], [12, 12, 0, 0, 0, 0]
+
+
+def test_load_of_each_layer():
+    record = make_record(
+        step_metrics([EVEN, UNEVEN], dropped_pairs=np.array([0, 2]), reruns=1),
+        step_metrics([EVEN, [*EVEN[:5], 0]], dropped_pairs=np.array([0, 5])),
+    )
+    assert record["expert_load"] == pytest.approx([1, (3 + 1.2) / 2])
+    assert record["expert_load_p95"] == pytest.approx([1, (3 + 1.2) / 2])
+    assert record["dead_experts"] == [0, 1]  # the others had tokens in one of the steps
+    assert record["dropped_pairs"] == [0, 7]
+    assert (record["bucket_reruns"], record["bucket_rows"]) == (1, 8)
+
+
+def test_imbalance_cost_is_the_busiest_worker_over_the_mean():
+    rng = np.random.default_rng(0)
+    for num_experts, num_workers in ((6, 4), (8, 2), (7, 7), (5, 1)):
+        places = ExpertPlaces(num_experts, num_workers)
+        counts_LE = rng.integers(1, 50, (3, num_experts))
+        for counts_E, cost in zip(
+            counts_LE, metrics.imbalance_cost(counts_LE, places), strict=True
+        ):
+            work = [sum(counts_E[e] for e in places.share(w)) for w in range(num_workers)]
+            assert cost == pytest.approx(max(work) * num_workers / sum(work) - 1)
+
+
+def test_even_experts_on_uneven_workers_have_a_cost():
+    # Six experts on four workers: two of them hold two each.
+    assert make_record(step_metrics([EVEN, EVEN]))["imbalance_cost"] == pytest.approx([1 / 3] * 2)
+
+
+def test_parts_add_up_to_the_step():
+    record = make_record(
+        step_metrics([EVEN, EVEN], seconds=(2.0, 0.1, 1.5, 0.3)),
+        step_metrics([EVEN, EVEN], seconds=(4.0, 0.3, 2.5, 0.5)),
+    )
+    assert record["step_seconds"] == pytest.approx(3)
+    parts = [record[name] for name in (*metrics.PARTS, "host_seconds")]
+    assert parts == pytest.approx([0.2, 2.0, 0.4, 0.4])
+    assert sum(parts) == pytest.approx(record["step_seconds"])
+    assert "compile_seconds" not in record
+
+
+def test_steps_that_compiled_have_a_time_of_their_own():
+    slow = step_metrics([EVEN, EVEN], seconds=(60.0, 0.1, 59.5, 0.3), compiled=True)
+    record = make_record(slow, step_metrics([EVEN, EVEN]))
+    assert record["compile_seconds"] == 60 and record["step_seconds"] == 2
+    assert make_record(slow)["step_seconds"] == 60  # there is no other
+
+
+def test_throughput_and_mfu():
+    record = make_record(step_metrics([EVEN, EVEN]))
+    assert record["tokens_per_second"] == CONFIG.tokens_per_step / 2
+    flops = model_flops(CONFIG).total * record["tokens_per_second"] / CONFIG.split.num_devices
+    assert record["tflops_per_device"] == pytest.approx(flops / 1e12)
+    assert "mfu" not in record  # nobody states the peak of a simulated device
+    run = dataclasses.replace(CONFIG.run, peak_tflops_per_device=1e-6)
+    record = make_record(step_metrics([EVEN, EVEN]), config=dataclasses.replace(CONFIG, run=run))
+    assert record["mfu"] == pytest.approx(flops / 1e6)
+
+
+def test_memory_of_each_worker_that_the_backend_counts():
+    placement = support.make_stepper(CONFIG).meshes.placement
+
+    def device(process, stats):
+        return types.SimpleNamespace(process_index=process, memory_stats=lambda: stats)
+
+    counts = [{"peak_bytes_in_use": 2**30 * n} for n in range(5)]
+    devices = [device(0, counts[0]), device(0, counts[1]), device(1, counts[2]), device(0, None)]
+    devices.append(device(0, counts[4]))
+    meshes = types.SimpleNamespace(
+        placement=placement, union=types.SimpleNamespace(devices=np.array([devices]))
+    )
+    assert metrics.peak_memory(meshes) == {
+        "replica0_stage0_attention0": 0.0,
+        "replica0_stage0_expert0": 1.0,
+        "replica0_stage0_expert3": 4.0,
+    }
+
+
+def read_events(directory) -> dict[tuple[str, int], float]:
+    """{(tag, step): value} of TensorBoard's files."""
+    found = {}
+    for path in sorted(directory.iterdir()):
+        data = path.read_bytes()
+        while data:
+            # Length, its checksum, the event, its checksum.
+            (size,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+            data = data[16 + size :]
+    return found
+
+
+def test_records_go_to_json_lines_and_to_tensorboard(tmp_path):
+    lines, events = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+    written = [
+        {"step": 5, "loss": 1.5, "expert_load": [1.0, 2.5], "peak_memory_gib": {"a": 3.0}},
+        {"step": 6, "held_out_loss": 1.25},
+    ]
+    for record in written:  # the second as if resumed
+        log = metrics.MetricsLog(lines, events, next_step=record["step"])
+        log.write(record)
+        log.close()
+    assert [json.loads(line) for line in lines.read_text().splitlines()] == written
+    assert read_events(events) == {
+        ("loss", 5): 1.5,
+        ("layer_00/expert_load", 5): 1.0,
+        ("layer_01/expert_load", 5): 2.5,
+        ("peak_memory_gib/a", 5): 3.0,
+        ("held_out_loss", 6): 1.25,
+    }
+
+
+def test_only_the_first_process_writes_and_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    log = metrics.MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", next_step=1)
+    log.write({"step": 1, "loss": 2.0})
+    log.close()
+    shown = display.make_display(CONFIG)
+    shown.say("text")
+    shown.record(make_record(step_metrics([EVEN, EVEN])))
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_line_of_a_record():
+    record = make_record(step_metrics([EVEN, UNEVEN], reruns=2)) | {"mfu": 0.251}
+    shown = display.line(record, num_steps=20)
+    for fact in (
+        "step     1/20", "loss 1.0000", "grad norm 1.000", "MFU 25.1%", "dead experts 4",
+        "2.000 s a step (pipeline 1.500, update 0.300, input 0.100, host 0.100)", "re-runs 2",
+        "load max/mean 3.00 in layer 1",
+    ):  # fmt: skip
+        assert fact in shown
+    assert "\n" not in shown
+
+
+def test_plain_lines_elsewhere_than_in_a_terminal(capsys):
+    shown = display.make_display(CONFIG)
+    shown.step(1, 2.0)
+    shown.record(make_record(step_metrics([EVEN, EVEN])))
+    shown.close()
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_progress_bar_in_a_terminal():
+    output = io.StringIO()
+    console = rich.console.Console(file=output, force_terminal=True, width=120)
+    bar = display.BarDisplay(20, console)
+    bar.say("parameters [not markup]")
+    bar.step(7, 2.5)
+    bar.record(make_record(step_metrics([EVEN, EVEN])) | {"mfu": 0.5})
+    bar.close()
+    shown = output.getvalue()
+    for fact in ("parameters [not markup]", "7/20", "loss 2.5000", "tokens/s", "MFU 50.0%"):
+        assert fact in shown
