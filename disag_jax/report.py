@@ -116,10 +116,10 @@ def _draw_loss(axes, steps, evaluations):
     axes.plot(_column(steps, "step"), _column(steps, "loss"), color=TRAINING, label="training")
     if evaluations:
         at, values = _column(evaluations, "step"), _column(evaluations, "held_out_loss")
-        axes.plot(at, values, "o-", ms=4, color=HELD_OUT, label=f"held out, last {values[-1]:.3f}")
-        baseline = evaluations[-1].get("bigram_loss")
-        if baseline is not None:
-            axes.axhline(baseline, ls="--", color=BASELINE, label=f"bigram model {baseline:.3f}")
+        label = f"held out, last {values[-1]:.3f}"
+        axes.plot(at, values, "o-", ms=4, color=HELD_OUT, label=label, clip_on=False)
+        baseline = evaluations[-1]["bigram_loss"]
+        axes.axhline(baseline, ls="--", color=BASELINE, label=f"bigram model {baseline:.3f}")
     axes.legend()
 
 
@@ -156,8 +156,8 @@ def _draw_load(axes, steps):
     """A column per log record, a row per layer, the first on top."""
     load_LN = np.array([r["expert_load"] for r in steps]).T
     top = max(np.percentile(load_LN, LOAD_PERCENTILE), 1 + 1e-3)
-    dead = sum(steps[-1]["dead_experts"])
-    axes.set_title(f"Load of the busiest expert over the mean expert's; {dead} dead at the end")
+    dead, cost = sum(steps[-1]["dead_experts"]), np.mean(steps[-1]["imbalance_cost"])
+    axes.set_title(f"Expert load, max over mean; at the end {dead} dead, imbalance cost {cost:.0%}")
     layers = np.arange(len(load_LN) + 1) - 0.5
     image = axes.pcolormesh(_edges(steps), layers, load_LN, vmin=1, vmax=top, cmap="magma_r")
     axes.grid(False)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from disag_jax.config import Config
+from disag_jax.flops import model_flops, peak_flops
 from disag_jax.logical import LeafMap, state_maps
 from disag_jax.phases import Phases
 from disag_jax.state import GROUPS, StateManager
@@ -23,6 +24,7 @@ def start_up(stepper: Stepper, data: str) -> str:
         *_parameters(stepper),
         *_memory(stepper),
         *_batch(config),
+        *_work(stepper),
         *_schedule(stepper),
     ]
     return "\n".join(sections)
@@ -32,10 +34,14 @@ def evaluation(result: dict) -> str:
     """One line: the model's held-out loss beside the baseline's."""
     loss, baseline = result["held_out_loss"], result["bigram_loss"]
     verdict = "below" if loss < baseline else "not below"
-    return (
-        f"step {result['step']:>5}  held-out loss {loss:.4f} nats "
-        f"({loss / math.log(2):.3f} bits) per token, {verdict} the bigram model's {baseline:.4f}"
-    )
+    parts = [
+        f"step {result['step']:>5}  held-out loss {loss:.4f} nats per token, {verdict} the bigram "
+        f"model's {baseline:.4f}",
+        f"perplexity {result['perplexity']:.2f}",
+    ]
+    if "bits_per_byte" in result:
+        parts.append(f"{result['bits_per_byte']:.3f} bits per byte")
+    return "  ".join(parts)
 
 
 def parameter_counts(manager: StateManager) -> dict[str, int]:
@@ -138,6 +144,30 @@ def _batch(config: Config) -> list[str]:
     ]
 
 
+def _work(stepper: Stepper) -> list[str]:
+    """The arithmetic of the model, and what MFU is measured against."""
+    config, kind = stepper.config, stepper.meshes.union.devices.flat[0].device_kind
+    flops, split, peak = model_flops(config), config.split, peak_flops(config, kind)
+    shares = ", ".join(
+        f"{name} {getattr(flops, name) / flops.total:.0%}"
+        for name in ("attention", "expert", "head")
+    )
+    tokens_per_stage = config.tokens_per_step / (split.replicas * split.stages)
+    attention = _flops(tokens_per_stage * flops.attention / split.attention_workers)
+    expert = _flops(tokens_per_stage * flops.expert / split.expert_workers)
+    measure = (
+        f"no MFU: the peak of {kind!r} is not known, run.peak_tflops_per_device may say it"
+        if peak is None
+        else f"MFU is measured against {peak / 1e12:g} TFLOP/s per device"
+    )
+    return [
+        f"work      {_flops(flops.total)} a token, forward and backward: {shares}",
+        f"          a step: each attention worker {attention}, each expert worker {expert}, and a "
+        "share of the head",
+        f"          {measure}",
+    ]
+
+
 def _schedule(stepper: Stepper) -> list[str]:
     schedule, config = stepper.schedule, stepper.config
     capacities = ", ".join(
@@ -171,3 +201,11 @@ def _bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"
+
+
+def _flops(value: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.1f} {unit}FLOP"
+        value /= 1000
+    return f"{value:.1f} PFLOP"
