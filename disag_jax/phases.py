@@ -166,6 +166,7 @@ class Phases:
     def loss_forward(self, inbox, micro_batch, stats: Stats) -> Stats:
         """Adds a due loss to the stats, without gradients."""
 
+        @jax.named_scope("loss")
         def due(nll):
             h_TD = combine(self.geometry, self.message.decode(inbox))
             labels_T = self.labels_KT[micro_batch]

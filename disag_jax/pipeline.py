@@ -157,7 +157,7 @@ def gradient_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
     """
     model = geometry.config.model
 
-    def program(rows, vocabulary, router_bias, batch):
+    def training_pipeline(rows, vocabulary, router_bias, batch):
         weights = gather_weights(geometry, rows, vocabulary, router_bias)
         num_labels, loss_scale, aux_scales = _scales(geometry, batch[0])
         phases = Phases(geometry, schedule)
@@ -172,7 +172,7 @@ def gradient_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
 
     return jax.jit(
         jax.shard_map(
-            program,
+            training_pipeline,
             mesh=meshes.union,
             in_specs=(PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, PER_WORKER),
             out_specs=(PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, EVERYWHERE),
@@ -184,7 +184,7 @@ def gradient_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
 def evaluation_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
     """The jitted forward-only pipeline: as `gradient_program`, but returns the metrics alone."""
 
-    def program(rows, vocabulary, router_bias, batch):
+    def evaluation_pipeline(rows, vocabulary, router_bias, batch):
         weights = gather_weights(geometry, rows, vocabulary, router_bias)
         num_labels, loss_scale, aux_scales = _scales(geometry, batch[0])
         phases = Phases(geometry, schedule)
@@ -194,7 +194,7 @@ def evaluation_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
 
     return jax.jit(
         jax.shard_map(
-            program,
+            evaluation_pipeline,
             mesh=meshes.union,
             in_specs=(PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, PER_WORKER),
             out_specs=EVERYWHERE,

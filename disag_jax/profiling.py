@@ -54,7 +54,18 @@ class Profiler:
     Each process traces its own devices. Tracing slows its steps down.
     """
 
-    def __init__(self, directory: pathlib.Path, steps: range | None):
+    def __init__(self, directory: pathlib.Path, steps: range | None, run: range):
+        """
+        Args:
+          directory: of the traces.
+          steps: those to trace, or None; ConfigError if none of them is in the run.
+          run: the steps that will be trained.
+        """
+        if steps is not None and not range(max(steps[0], run.start), min(steps[-1] + 1, run.stop)):
+            raise ConfigError(
+                f"--profile_steps = {steps.start}:{steps.stop} must name steps that this run will "
+                f"do: {run.start} to {run.stop - 1}"
+            )
         self._directory, self._steps = directory, steps or range(0)
         self._is_tracing = False
 

@@ -85,11 +85,12 @@ def train(
         keep_every=config.run.keep_checkpoint_every,
     )
     state = checkpoints.restore(step)[0] if resume else stepper.init(config.run.seed)
+    steps = range(state.step, config.run.num_steps)
     outputs = Outputs(
         display=make_display(config),
         log=MetricsLog(directory.metrics, directory.tensorboard, next_step=state.step + 1),
         checkpoints=checkpoints,
-        profiler=Profiler(directory.profile, profile_steps),
+        profiler=Profiler(directory.profile, profile_steps, steps),
     )
     try:
         outputs.display.say(startup_report.start_up(stepper, inputs.description))

@@ -52,7 +52,7 @@ def test_trace_has_the_steps_and_the_named_scopes(tmp_path):
         with jax.named_scope("scope_of_the_test"):
             return jnp.sin(x) * 2
 
-    profiler = profiling.Profiler(tmp_path, range(2, 4))
+    profiler = profiling.Profiler(tmp_path, range(2, 4), range(6))
     changed = []
     for step in range(6):
         changed.append(profiler.before_step(FakeState(step)))
@@ -74,10 +74,16 @@ def test_trace_has_the_steps_and_the_named_scopes(tmp_path):
 
 
 def test_a_trace_ends_with_the_run(tmp_path):
-    profiler = profiling.Profiler(tmp_path, range(1, 100))
+    profiler = profiling.Profiler(tmp_path, range(1, 100), range(6))
     profiler.before_step(FakeState(1))
     profiler.close()
     assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+
+
+@pytest.mark.parametrize("steps", [range(6, 8), range(0, 2)])
+def test_steps_outside_the_run_are_refused(steps, tmp_path):
+    with pytest.raises(ConfigError, match=r"must name steps that this run will do: 2 to 5$"):
+        profiling.Profiler(tmp_path, steps, range(2, 6))
 
 
 def test_programs_carry_the_names_of_the_code():
@@ -92,5 +98,6 @@ def test_programs_carry_the_names_of_the_code():
         "m2n_forward", "m2n_backward", "add_gradients", "reduce_gradients", "reduce_metrics",
     ):  # fmt: skip
         assert re.search(rf'["/]{scope}["/]', text), scope
+    assert "jit_training_pipeline" in text
     for name, lowered in stepper.manager.lower_updates().items():
         assert f"jit_update_{name}" in lowered.as_text()
