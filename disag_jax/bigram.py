@@ -4,51 +4,65 @@ import dataclasses
 
 import numpy as np
 
-MAX_VOCAB_SIZE = 4096  # V * V counts and log-probabilities are held densely: 128 MiB each here
+from disag_jax.batches import Batch
+from layers.head import NO_LABEL
 
 
 @dataclasses.dataclass(frozen=True)
 class BigramModel:
-    """Predicts a token from the one before it.
+    """Predicts a label from the token before it.
 
     Attributes:
-      log_probs: float64 [V, V], the log-probability of the second token after the first.
+      pairs: int64 [pairs], token * V + label of every pair that was seen, sorted.
+      pair_counts: int64 [pairs], how often.
+      totals: int64 [V], how often a token was seen.
+      kinds: int64 [V], number of different labels seen after a token.
+      unigram: float64 [V], smoothed frequency of a label.
     """
 
-    log_probs: np.ndarray
+    pairs: np.ndarray
+    pair_counts: np.ndarray
+    totals: np.ndarray
+    kinds: np.ndarray
+    unigram: np.ndarray
 
     @classmethod
-    def fit(cls, tokens: np.ndarray, vocab_size: int) -> "BigramModel":
-        """Counts the pairs of a text and smooths them.
+    def fit(cls, batch: Batch, vocab_size: int) -> "BigramModel":
+        """Counts the pairs of token and label in a batch and smooths them.
 
         p(b | a) = (count(a, b) + kinds(a) p(b)) / (count(a) + kinds(a)), where kinds(a) is the
-        number of different tokens seen after a, and p(b) = (count(b) + 1) / (length + V). There is
+        number of different labels seen after a, and p(b) = (count(b) + 1) / (labels + V). There is
         no constant to tune, and no probability is 0.
-
-        tokens: integers [tokens], each below vocab_size.
         """
-        if vocab_size > MAX_VOCAB_SIZE:
-            raise ValueError(
-                f"vocab_size = {vocab_size} must be at most {MAX_VOCAB_SIZE} for a bigram model"
-            )
-        assert len(tokens) == 0 or (tokens.min() >= 0 and tokens.max() < vocab_size)
-        unigram = np.bincount(tokens, minlength=vocab_size) + 1.0
-        unigram /= unigram.sum()
+        tokens, labels = _scored(batch)
+        unigram = np.bincount(labels, minlength=vocab_size) + 1.0
+        pairs, counts = np.unique(tokens * vocab_size + labels, return_counts=True)
+        return cls(
+            pairs=pairs,
+            pair_counts=counts,
+            totals=np.bincount(tokens, minlength=vocab_size),
+            kinds=np.bincount(pairs // vocab_size, minlength=vocab_size),
+            unigram=unigram / unigram.sum(),
+        )
 
-        pairs = tokens[:-1].astype(np.int64) * vocab_size + tokens[1:]
-        counts = np.bincount(pairs, minlength=vocab_size**2).reshape(vocab_size, vocab_size)
-        totals = counts.sum(axis=1, keepdims=True)  # [V, 1]
-        # A token with no successor in the text leaves everything to the unigram.
-        kinds = np.maximum(np.count_nonzero(counts, axis=1, keepdims=True), 1)  # [V, 1]
-        return cls(np.log((counts + kinds * unigram) / (totals + kinds)))
+    def loss(self, batch: Batch) -> float:
+        """Returns the mean negative log-likelihood of a batch's labels, nats per label."""
+        tokens, labels = _scored(batch)
+        return -float(np.mean(np.log(self._probability(tokens, labels))))
 
-    def loss(self, tokens: np.ndarray) -> float:
-        """Returns the mean negative log-likelihood, nats per token, of all tokens but the first."""
-        return self.loss_on(tokens[None])
+    def _probability(self, tokens, labels):
+        """p(label | token) of each pair."""
+        wanted = tokens * len(self.unigram) + labels
+        place = np.minimum(np.searchsorted(self.pairs, wanted), max(len(self.pairs) - 1, 0))
+        counts = np.zeros(wanted.shape)
+        if len(self.pairs):
+            counts = np.where(self.pairs[place] == wanted, self.pair_counts[place], 0)
+        # A token that was never seen leaves everything to the unigram.
+        kinds = np.maximum(self.kinds[tokens], 1)
+        return (counts + kinds * self.unigram[labels]) / (self.totals[tokens] + kinds)
 
-    def loss_on(self, batch: np.ndarray) -> float:
-        """Returns the mean negative log-likelihood, nats per token, of a batch's labels.
 
-        batch: integers [G, S+1]; the G * S positions are those a model is evaluated on.
-        """
-        return -float(self.log_probs[batch[:, :-1], batch[:, 1:]].mean())
+def _scored(batch: Batch):
+    """The tokens that have a label, and the labels: int64 [labels]."""
+    has_label = batch.labels != NO_LABEL
+    return batch.tokens[has_label].astype(np.int64), batch.labels[has_label].astype(np.int64)

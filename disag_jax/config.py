@@ -126,15 +126,26 @@ class BatchConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    """Text to train on, read as bytes.
+    """What to train on: text read as bytes, or token files (disag_jax/prepare.py) if any are named.
 
     Attributes:
       paths: text files or directories; empty means the Python standard library's own sources.
-      held_out_fraction: share of the files kept out of training for evaluation.
+      held_out_fraction: share of the files (of each token file: of its tokens, the last) kept out
+        of training for evaluation.
+      sources: token files, .bin or .npy.
+      weights: share of each source in the mixture, of any sum; empty takes them by their sizes.
+      held_out_sources: token files to evaluate on instead of a fraction of the sources.
+      attend_across_documents: whether a token attends to earlier documents of its sequence.
+      prefetch_steps: batches made ahead of their step; 0 makes each when it is needed.
     """
 
     paths: tuple[str, ...] = ()
     held_out_fraction: float = 0.1
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    held_out_sources: tuple[str, ...] = ()
+    attend_across_documents: bool = True
+    prefetch_steps: int = 2
 
 
 @dataclasses.dataclass
@@ -265,7 +276,32 @@ class Config:
             optimizer.final_learning_rate,
             f"at most optimizer.peak_learning_rate ({optimizer.peak_learning_rate})",
         )
+        self._check_data()
         return self
+
+    def _check_data(self):
+        data = self.data
+        _require(
+            not (data.sources and data.paths),
+            "data.paths",
+            data.paths,
+            "empty where data.sources are given",
+        )
+        for name in ("weights", "held_out_sources"):
+            value = getattr(data, name)
+            _require(data.sources or not value, f"data.{name}", value, "empty without data.sources")
+        _require(
+            not data.weights or len(data.weights) == len(data.sources),
+            "data.weights",
+            data.weights,
+            f"as many as data.sources ({len(data.sources)}), or empty",
+        )
+        _require(
+            all(weight >= 0 for weight in data.weights) and (any(data.weights) or not data.weights),
+            "data.weights",
+            data.weights,
+            "0 or more each, and not all 0",
+        )
 
     def _check_types(self):
         """Checks every field's type; NaN and infinity are no numbers here."""
@@ -325,6 +361,7 @@ _POSITIVE = {
 
 _NOT_NEGATIVE = {
     "model": ("num_shared_experts", "balance_loss_weight", "z_loss_weight", "bias_update_rate"),
+    "data": ("prefetch_steps",),
     "optimizer": ("final_learning_rate", "warmup_steps", "weight_decay"),
     "run": ("seed", "eval_every", "checkpoint_every", "keep_checkpoint_every"),
 }

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from disag_jax.batches import Batch
 from disag_jax.dispatch import combine, combine_cotangent, cotangent_template, message_template
 from disag_jax.geometry import Geometry
 from disag_jax.model import POST_NORM
@@ -102,11 +103,14 @@ class Phases:
         self.pool = StashPool(templates, schedule.stash_slots, geometry.compute_dtype)
         self.keeps_stash = max(schedule.stash_slots) > 0
 
-    def bind(self, weights: Weights, tokens_KT, labels_KT, aux_scales, loss_scale) -> "Phases":
-        """Sets the traced values of this step."""
+    def bind(self, weights: Weights, batch: Batch, aux_scales, loss_scale) -> "Phases":
+        """Sets the traced values of this step; batch: [K, B, S], this worker's sequences."""
         self.me = Whoami.of(self.geometry.placement)
         self.weights = weights
-        self.tokens_KT, self.labels_KT = tokens_KT, labels_KT
+        num_micro_batches = batch.tokens.shape[0]
+        self.tokens_KT = batch.tokens.reshape(num_micro_batches, -1)
+        self.labels_KT = batch.labels.reshape(num_micro_batches, -1)
+        self.segments_KBS = batch.segments
         self.aux_scales, self.loss_scale = aux_scales, loss_scale
         return self
 
@@ -206,6 +210,10 @@ class Phases:
     def _is_first_layer(self, entry: Entry):
         return (entry.layer_row == 0) & (self.me.stage == 0)
 
+    def _segments(self, entry: Entry):
+        """Document numbers [B, S] of a micro-batch, or None if attention crosses documents."""
+        return None if self.segments_KBS is None else self.segments_KBS[entry.micro_batch]
+
     def _attention_forward(self, inbox, entry, stash, stats):
         g, weights = self.geometry, self.weights
         message = self.message.decode(inbox)
@@ -216,7 +224,9 @@ class Phases:
         origin = jnp.where(is_first, 0, message.origin)
         params = self.layouts.attention.read(weights.rows, entry.layer_row)
         bias_E = weights.router_bias[entry.layer_row * g.placement.stages + self.me.stage]
-        message, kept, routing = self.attention.forward(params, bias_E, h_TD, origin, self.me.rank)
+        message, kept, routing = self.attention.forward(
+            params, bias_E, h_TD, origin, self.me.rank, self._segments(entry)
+        )
         if self.keeps_stash:
             stash = self.pool.write(stash, Role.ATTENTION, entry.slot, kept)
         return self.message.encode(message), stash, _add_routing(stats, entry, routing)
@@ -235,7 +245,12 @@ class Phases:
         kept = self.pool.read(stash, Role.ATTENTION, entry.slot)
         params = self.layouts.attention.read(self.weights.rows, entry.layer_row)
         dparams, dh_TD = self.attention.backward(
-            params, kept, self.cotangent.decode(inbox), self.me.rank, self.aux_scales
+            params,
+            kept,
+            self.cotangent.decode(inbox),
+            self.me.rank,
+            self.aux_scales,
+            self._segments(entry),
         )
         with jax.named_scope("add_gradients"):
             rows = self.layouts.attention.add(rows, entry.layer_row, dparams)

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from disag_jax.batches import Batch
 from disag_jax.geometry import Geometry
 from disag_jax.phases import Entry, Grads, Phases, Stats
 from disag_jax.reduction import gather_weights, reduce_grads, reduce_stats
 from disag_jax.schedule import Schedule
+from layers.head import NO_LABEL
 from layers.router import updated_bias
 from mesh.m2n import RingTransport
 from mesh.placement import ALL_DEVICES, Meshes, Whoami
@@ -150,7 +152,7 @@ def gradient_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
     Returns a function of
       rows: [W, v, P] and vocabulary: embedding, head [V', D], final_norm [D], compute type;
       router_bias: [L, E];
-      batch: int32 [W, K, B, S + 1], token sequences of each attention worker, any on the others;
+      batch: leaves int32 [W, K, B, S], sequences of each attention worker, zeros on the others;
     that returns
       row gradients [W, v, P], vocabulary gradients, next router bias, and the step's metrics, on
       every device alike (disag_jax/reduction.py). All are sums over the whole step.
@@ -159,9 +161,9 @@ def gradient_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
 
     def training_pipeline(rows, vocabulary, router_bias, batch):
         weights = gather_weights(geometry, rows, vocabulary, router_bias)
-        num_labels, loss_scale, aux_scales = _scales(geometry, batch[0])
-        phases = Phases(geometry, schedule)
-        phases.bind(weights, *_tokens_and_labels(geometry, batch[0]), aux_scales, loss_scale)
+        batch = jax.tree.map(lambda leaf: leaf[0], batch)
+        num_labels, loss_scale, aux_scales = _scales(geometry, batch)
+        phases = Phases(geometry, schedule).bind(weights, batch, aux_scales, loss_scale)
         carry = Loop(phases, schedule).run(with_gradients=True)
         row_grads, vocabulary_grads, norms = reduce_grads(geometry, phases.layouts, carry.grads)
         metrics = reduce_stats(geometry, carry.stats, num_labels, aux_scales) | norms
@@ -186,9 +188,9 @@ def evaluation_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
 
     def evaluation_pipeline(rows, vocabulary, router_bias, batch):
         weights = gather_weights(geometry, rows, vocabulary, router_bias)
-        num_labels, loss_scale, aux_scales = _scales(geometry, batch[0])
-        phases = Phases(geometry, schedule)
-        phases.bind(weights, *_tokens_and_labels(geometry, batch[0]), aux_scales, loss_scale)
+        batch = jax.tree.map(lambda leaf: leaf[0], batch)
+        num_labels, loss_scale, aux_scales = _scales(geometry, batch)
+        phases = Phases(geometry, schedule).bind(weights, batch, aux_scales, loss_scale)
         carry = Loop(phases, schedule).run(with_gradients=False)
         return reduce_stats(geometry, carry.stats, num_labels, aux_scales)
 
@@ -203,18 +205,12 @@ def evaluation_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
     )
 
 
-def _tokens_and_labels(geometry: Geometry, batch_KBS):
-    """Inputs and labels [K, T] of the sequences [K, B, S + 1]."""
-    flat = (batch_KBS.shape[0], geometry.T)
-    return batch_KBS[:, :, :-1].reshape(flat), batch_KBS[:, :, 1:].reshape(flat)
-
-
-def _scales(geometry: Geometry, batch_KBS):
+def _scales(geometry: Geometry, batch: Batch):
     """(labels in the whole step, factor of each one's nll, factors of the auxiliary sums)."""
     config = geometry.config
     me = Whoami.of(geometry.placement)
     counts_here = me.is_attention & (me.stage == 0)
-    labels = jnp.sum(batch_KBS[:, :, 1:] >= 0, dtype=jnp.int32)
+    labels = jnp.sum(batch.labels != NO_LABEL, dtype=jnp.int32)
     num_labels = lax.psum(jnp.where(counts_here, labels, 0), ALL_DEVICES)
     wide = geometry.wide_dtype
     aux_scales = jnp.array(

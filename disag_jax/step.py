@@ -1,6 +1,7 @@
 """One optimizer step: pipeline, another run if a message overflowed, update."""
 
 import collections
+import functools
 import math
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from disag_jax import optimizer as optimizer_lib
+from disag_jax.batches import Batch, Batches
 from disag_jax.config import Config
 from disag_jax.geometry import Bucket, buckets, make_geometry
 from disag_jax.pipeline import PER_WORKER, evaluation_program, gradient_program
@@ -77,19 +79,20 @@ class Stepper:
     def init(self, seed: int) -> TrainState:
         return self.manager.init(seed)
 
-    def train_step(self, state: TrainState, sequences) -> tuple[TrainState, dict]:
-        """Trains on one global batch of sequences, int32 [G, S + 1].
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        """Trains on one global batch, [G, S] or placed on the devices.
 
         Returns the next state (the old one is donated) and the step's metrics as numpy values, with
         `pipeline_seconds` and `update_seconds` (disag_jax/metrics.py) and `compiled`, whether a new
         program was. Raises NonFiniteLossError, with the state untouched.
         """
+        batch = self._placed(batch)
         watch, num_programs = Stopwatch(), len(self._gradient_programs)
         outputs, metrics = self._run_until_it_fits(
             state,
             watch,
             lambda bucket: self.gradient_program(bucket)(
-                state.rows, state.vocabulary, state.router_bias, self.place_batch(sequences)
+                state.rows, state.vocabulary, state.router_bias, batch
             ),
             read_metrics=lambda outputs: outputs[-1],
         )
@@ -109,42 +112,66 @@ class Stepper:
         compiled = len(self._gradient_programs) > num_programs
         return state, metrics | watch.seconds | {"learning_rate": rate, "compiled": compiled}
 
-    def evaluate(self, state: TrainState, sequences) -> dict:
-        """The metrics of one global batch without training on it."""
+    def evaluate(self, state: TrainState, batch: Batch) -> dict:
+        """The metrics of one global batch, as `train_step` takes it, without training on it."""
+        batch = self._placed(batch)
         _, metrics = self._run_until_it_fits(
             state,
             Stopwatch(),
             lambda bucket: self._evaluation_program(bucket)(
-                state.rows, state.vocabulary, state.router_bias, self.place_batch(sequences)
+                state.rows, state.vocabulary, state.router_bias, batch
             ),
             read_metrics=lambda outputs: outputs,
         )
         return metrics
 
-    def place_batch(self, sequences) -> jax.Array:
-        """Gives sequences [G, S + 1] to the attention workers: int32 [W, K, B, S + 1].
+    def place_batch(self, batch: Batch) -> Batch:
+        """Gives a global batch [G, S] to the attention workers, as `place_rows` does."""
+        return self.place_rows(lambda rows: jax.tree.map(lambda leaf: leaf[rows], batch))
 
-        Sequence ((k * D + replica) * M + rank) * B + b is number b of micro-batch k on the
-        attention workers of that rank, in every stage; expert workers get zeros.
+    def read_batch(self, batches: Batches, step: int) -> Batch:
+        """Reads the batch of a step onto the devices."""
+        return self.place_rows(functools.partial(batches.rows, step))
+
+    def place_rows(self, read_rows) -> Batch:
+        """A global batch on the devices, read row by row: leaves int32 [W, K, B, S].
+
+        Row ((k * D + replica) * M + rank) * B + b is sequence b of micro-batch k on the attention
+        workers of that rank, in every stage; expert workers get zeros. A process reads the rows of
+        its own workers, once for all stages.
+
+        Args:
+          read_rows: function of row numbers [n] that returns the Batch [n, S] of these rows.
         """
-        placement, batch = self.meshes.placement, self.config.batch
-        per_worker = (batch.micro_batches, batch.sequences_per_worker, batch.sequence_length + 1)
-        grid = np.asarray(sequences, np.int32).reshape(
-            batch.micro_batches, placement.replicas, placement.attention_workers, *per_worker[1:]
+        placement, sizes = self.meshes.placement, self.config.batch
+        per_worker = (sizes.micro_batches, sizes.sequences_per_worker, sizes.sequence_length)
+        numbers = np.arange(self.config.sequences_per_step).reshape(
+            sizes.micro_batches, placement.replicas, placement.attention_workers, -1
         )
 
-        def shard(index):
-            replica, worker = divmod(index[0].start or 0, placement.workers)
-            _, role, rank = placement.describe(worker)
-            if role is Role.EXPERT:
-                return np.zeros((1, *per_worker), np.int32)
-            return grid[None, :, replica, rank]
+        @functools.cache
+        def rows_of(replica, rank):
+            return read_rows(numbers[:, replica, rank].reshape(-1))
 
-        return jax.make_array_from_callback(
-            (placement.num_devices, *per_worker),
-            NamedSharding(self.meshes.union, PER_WORKER),
-            shard,
-        )
+        def place(field):
+            def shard(index):
+                replica, worker = divmod(index[0].start or 0, placement.workers)
+                _, role, rank = placement.describe(worker)
+                if role is Role.EXPERT:
+                    return np.zeros((1, *per_worker), np.int32)
+                return getattr(rows_of(replica, rank), field).reshape(1, *per_worker)
+
+            return jax.make_array_from_callback(
+                (placement.num_devices, *per_worker),
+                NamedSharding(self.meshes.union, PER_WORKER),
+                shard,
+            )
+
+        has_segments = not self.config.data.attend_across_documents
+        return Batch(place("tokens"), place("labels"), place("segments") if has_segments else None)
+
+    def _placed(self, batch: Batch) -> Batch:
+        return batch if isinstance(batch.tokens, jax.Array) else self.place_batch(batch)
 
     def abstract_arguments(self) -> tuple:
         """Arguments of `gradient_program` as ShapeDtypeStructs with shardings.
@@ -152,17 +179,18 @@ class Stepper:
         `stepper.gradient_program(bucket).lower(*stepper.abstract_arguments())` traces the training
         step of a model that no machine here could hold.
         """
-        state, batch = self.manager.abstract_state(), self.config.batch
-        batch = jax.ShapeDtypeStruct(
+        state, sizes = self.manager.abstract_state(), self.config.batch
+        leaf = jax.ShapeDtypeStruct(
             (
                 self.meshes.placement.num_devices,
-                batch.micro_batches,
-                batch.sequences_per_worker,
-                batch.sequence_length + 1,
+                sizes.micro_batches,
+                sizes.sequences_per_worker,
+                sizes.sequence_length,
             ),
             np.int32,
             sharding=NamedSharding(self.meshes.union, PER_WORKER),
         )
+        batch = Batch(leaf, leaf, None if self.config.data.attend_across_documents else leaf)
         return state.rows, state.vocabulary, state.router_bias, batch
 
     def gradient_program(self, bucket: Bucket):

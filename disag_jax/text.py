@@ -12,6 +12,9 @@ import numpy as np
 
 from disag_jax.config import ConfigError
 
+# The byte between documents. UTF-8 text has it hardly ever; a document with it counts as two.
+END_OF_DOCUMENT = 0
+
 # Files that a directory is searched for. A file named directly is read whatever its suffix.
 TEXT_SUFFIXES = (
     ".c", ".cc", ".cpp", ".css", ".csv", ".go", ".h", ".hpp", ".html", ".java", ".js", ".json",
@@ -162,7 +165,7 @@ def _cut(content: bytes, fraction: float) -> tuple[list[bytes], list[bytes]]:
 
 
 def _join(documents: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"\0".join(documents), np.uint8)
+    return np.frombuffer(bytes([END_OF_DOCUMENT]).join(documents), np.uint8)
 
 
 def _size(documents: list[bytes]) -> str:

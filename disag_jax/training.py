@@ -1,38 +1,25 @@
 """The training run, act by act: devices, input, state, report, loop, held-out evaluation."""
 
 import dataclasses
+import functools
 import math
 import time
 
 import jax
 import numpy as np
 
-from disag_jax import processes, startup_report, text
-from disag_jax.batches import Batches
-from disag_jax.bigram import BigramModel
+from disag_jax import processes, startup_report
 from disag_jax.checkpoint import Checkpoints
 from disag_jax.config import Config, ConfigError, Dtype
 from disag_jax.display import Display, make_display
 from disag_jax.geometry import placement_of
+from disag_jax.inputs import Inputs, Prefetch, load_inputs
 from disag_jax.metrics import MetricsLog, StepMeter
 from disag_jax.profiling import Profiler, Stopwatch
 from disag_jax.state import TrainState
 from disag_jax.step import Stepper
 from disag_jax.workdir import Workdir
 from mesh.placement import Meshes
-
-# Evaluation batches are the same for every run on a text, whatever its seed.
-EVALUATION_SEED = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Batches of both splits, and the bigram baseline's loss on the evaluation batches."""
-
-    description: str
-    train: Batches
-    held_out: Batches
-    bigram_loss: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +81,9 @@ def train(
     )
     try:
         outputs.display.say(startup_report.start_up(stepper, inputs.description))
-        state = _loop(config, stepper, state, inputs, outputs)
+        read = functools.partial(stepper.read_batch, inputs.train)
+        with Prefetch(read, steps, config.data.prefetch_steps) as batches:
+            state = _loop(config, stepper, state, batches, inputs, outputs)
         return _evaluate(stepper, state, inputs, outputs)
     finally:
         outputs.close()
@@ -111,33 +100,13 @@ def make_meshes(config: Config) -> Meshes:
     return Meshes.make(placement, devices)
 
 
-def load_inputs(config: Config) -> Inputs:
-    """Reads the text, splits it, and fits the bigram baseline on the training part."""
-    corpus = text.load(config.data.paths, config.data.held_out_fraction)
-
-    def batches(tokens, seed, split):
-        return Batches(
-            tokens,
-            config.batch.sequence_length,
-            config.sequences_per_step,
-            seed=seed,
-            split=split,
-            vocab_size=config.model.vocab_size,
-        )
-
-    held_out = batches(corpus.held_out, EVALUATION_SEED, "held-out")
-    bigram = BigramModel.fit(corpus.train, config.model.vocab_size)
-    scored = np.concatenate([held_out.step(i) for i in range(config.run.eval_batches)])
-    return Inputs(
-        description=corpus.description,
-        train=batches(corpus.train, config.run.seed, "training"),
-        held_out=held_out,
-        bigram_loss=bigram.loss_on(scored),
-    )
-
-
 def _loop(
-    config: Config, stepper: Stepper, state: TrainState, inputs: Inputs, outputs: Outputs
+    config: Config,
+    stepper: Stepper,
+    state: TrainState,
+    batches: Prefetch,
+    inputs: Inputs,
+    outputs: Outputs,
 ) -> TrainState:
     meter, began = StepMeter(config, stepper.meshes), time.perf_counter()
     while state.step < config.run.num_steps:
@@ -146,7 +115,7 @@ def _loop(
         with jax.profiler.StepTraceAnnotation("step", step_num=state.step):
             watch = Stopwatch()
             with watch("input_wait"):
-                batch = inputs.train.step(state.step)
+                batch = batches.take()
             state, metrics = stepper.train_step(state, batch)
         ended = time.perf_counter()
         meter.add(metrics | watch.seconds | {"step_seconds": ended - began})
@@ -166,8 +135,10 @@ def _loop(
 
 def _evaluate(stepper: Stepper, state: TrainState, inputs: Inputs, outputs: Outputs) -> dict:
     """Loss of the model and of the bigram baseline on the same held-out tokens, in nats."""
-    batches = range(stepper.config.run.eval_batches)
-    losses = [stepper.evaluate(state, inputs.held_out.step(i))["loss"] for i in batches]
+    batches = [
+        stepper.read_batch(inputs.held_out, i) for i in range(stepper.config.run.eval_batches)
+    ]
+    losses = [stepper.evaluate(state, batch)["loss"] for batch in batches]
     loss = float(np.mean(losses))
     result = {
         "step": state.step,

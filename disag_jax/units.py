@@ -83,10 +83,13 @@ class AttentionUnit:
         g = self.geometry
         return AttentionStash(g.floats(g.T, g.D), g.ints(g.R, g.C), dispatch_template(g))
 
-    def forward(self, params, bias_E, h_TD, origin, rank):
-        """Returns (Message, AttentionStash, RoutingStats) for the combined input h."""
+    def forward(self, params, bias_E, h_TD, origin, rank, segments_BS=None):
+        """Returns (Message, AttentionStash, RoutingStats) for the combined input h.
+
+        segments_BS: int32, numbers of the documents that attention stays in; None lets it cross.
+        """
         g = self.geometry
-        out_TD, logits_TE = self._block(params, h_TD)
+        out_TD, logits_TE = self._block(params, h_TD, segments_BS)
         scores_TE = self._scores(logits_TE)
         with jax.named_scope("choose_experts"):
             ids_TK = choose_experts(scores_TE, bias_E, g.K)
@@ -105,7 +108,10 @@ class AttentionUnit:
         )
         return message, AttentionStash(h_TD, origin, dispatch), stats
 
-    def backward(self, params, stash: AttentionStash, cotangent: Cotangent, rank, aux_scales):
+    def backward(
+        self, params, stash: AttentionStash, cotangent: Cotangent, rank, aux_scales,
+        segments_BS=None,
+    ):  # fmt: skip
         """Returns (parameter gradients, dh [T, D]).
 
         aux_scales: factors of (balance loss sum, z-loss sum) in the training loss.
@@ -113,7 +119,7 @@ class AttentionUnit:
         g = self.geometry
 
         def outputs(params, h_TD):
-            out_TD, logits_TE = self._block(params, h_TD)
+            out_TD, logits_TE = self._block(params, h_TD, segments_BS)
             scores_TE = self._scores(logits_TE)
             gate_TK = self._gates(scores_TE, stash.dispatch.ids)
             message = make_message(g, out_TD, gate_TK, stash.dispatch, rank)
@@ -124,13 +130,13 @@ class AttentionUnit:
         _, vjp = jax.vjp(outputs, params, stash.h)
         return vjp((cotangent, jnp.ones((), g.wide_dtype)))
 
-    def _block(self, params, h_TD):
+    def _block(self, params, h_TD, segments_BS):
         """Attention with its residual, and the router's logits."""
         g = self.geometry
         layer = self.module.merge(params)
         with jax.named_scope("attention_block"):
             x_BSD = layer.attention_norm(h_TD).reshape(-1, g.S, g.D)
-            h_TD = h_TD + layer.attention(x_BSD).reshape(g.T, g.D)
+            h_TD = h_TD + layer.attention(x_BSD, segments_BS).reshape(g.T, g.D)
         with jax.named_scope("router"):
             return h_TD, layer.router(layer.post_norm(h_TD))
 

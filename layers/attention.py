@@ -42,19 +42,28 @@ def apply_rope(x_BSHA, theta: float):
     return rotated.astype(x_BSHA.dtype)
 
 
-def causal_attention(q_BSHA, k_BSGA, v_BSGA, kernel: AttentionKernel):
-    """Softmax attention over earlier positions, scaled by A^-1/2; returns [B, S, H, A]."""
+def causal_attention(q_BSHA, k_BSGA, v_BSGA, kernel: AttentionKernel, segments_BS=None):
+    """Softmax attention over earlier positions, scaled by A^-1/2; returns [B, S, H, A].
+
+    segments_BS: integers; a position sees only those with its own number. None: all earlier ones.
+    """
+    mask_BSS = None
+    if segments_BS is not None:
+        mask_BSS = segments_BS[:, :, None] == segments_BS[:, None, :]
     if kernel is AttentionKernel.CUDNN:
+        mask_B1SS = None if mask_BSS is None else mask_BSS[:, None]
         return jax.nn.dot_product_attention(
-            q_BSHA, k_BSGA, v_BSGA, is_causal=True, implementation="cudnn"
+            q_BSHA, k_BSGA, v_BSGA, mask=mask_B1SS, is_causal=True, implementation="cudnn"
         )
     batch, seq_len, num_heads, head_dim = q_BSHA.shape
     groups = k_BSGA.shape[2]
     q_BSGQA = q_BSHA.reshape(batch, seq_len, groups, num_heads // groups, head_dim)
     wide = accumulation_dtype(q_BSHA.dtype)
     scores = jnp.einsum("bsgqa,btga->bgqst", q_BSGQA, k_BSGA, preferred_element_type=wide)
-    causal = jnp.tril(jnp.ones((seq_len, seq_len), bool))
-    scores = jnp.where(causal, scores * head_dim**-0.5, -jnp.inf)
+    visible = jnp.tril(jnp.ones((seq_len, seq_len), bool))
+    if mask_BSS is not None:
+        visible = visible & mask_BSS[:, None, None]
+    scores = jnp.where(visible, scores * head_dim**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGA.dtype)
     return jnp.einsum("bgqst,btga->bsgqa", weights, v_BSGA).reshape(q_BSHA.shape)
 
@@ -74,7 +83,7 @@ class Attention(nnx.Module):
         self.out = nnx.Param(out_init(rngs.params(), (num_heads, head_dim, d_model), dtype))
         self.rope_theta = rope_theta
 
-    def __call__(self, x_BSD, kernel: AttentionKernel | None = None):
+    def __call__(self, x_BSD, segments_BS=None, kernel: AttentionKernel | None = None):
         kernel = kernel or default_kernel(x_BSD.dtype)
         with jax.named_scope("qkv_projection"):
             q_BSHA = jnp.einsum("bsd,dha->bsha", x_BSD, self.query[...])
@@ -84,6 +93,6 @@ class Attention(nnx.Module):
             q_BSHA = apply_rope(q_BSHA, self.rope_theta)
             k_BSGA = apply_rope(k_BSGA, self.rope_theta)
         with jax.named_scope("causal_attention"):
-            mixed_BSHA = causal_attention(q_BSHA, k_BSGA, v_BSGA, kernel)
+            mixed_BSHA = causal_attention(q_BSHA, k_BSGA, v_BSGA, kernel, segments_BS)
         with jax.named_scope("out_projection"):
             return jnp.einsum("bsha,had->bsd", mixed_BSHA, self.out[...])

@@ -119,8 +119,11 @@ def rope(x_SHA, theta: float):
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
-def attention(model: ModelConfig, weights: dict, x_SD):
-    """Causal grouped-query attention of normed tokens [S, D]; returns [S, D]."""
+def attention(model: ModelConfig, weights: dict, x_SD, segments_S=None):
+    """Causal grouped-query attention of normed tokens [S, D]; returns [S, D].
+
+    segments_S: number of each token's document; a token sees its own document only. None: all.
+    """
     S = x_SD.shape[0]
     q_SHA = rope(jnp.einsum("sd,dha->sha", x_SD, weights["query"]), model.rope_theta)
     k_SGA = rope(jnp.einsum("sd,dga->sga", x_SD, weights["key"]), model.rope_theta)
@@ -130,7 +133,10 @@ def attention(model: ModelConfig, weights: dict, x_SD):
     k_SHA = jnp.repeat(k_SGA, heads_per_group, axis=1)
     v_SHA = jnp.repeat(v_SGA, heads_per_group, axis=1)
     logits_HSS = jnp.einsum("sha,tha->hst", q_SHA, k_SHA) / math.sqrt(model.head_dim)
-    logits_HSS = jnp.where(jnp.tril(jnp.ones((S, S), bool)), logits_HSS, -jnp.inf)
+    visible_SS = jnp.tril(jnp.ones((S, S), bool))
+    if segments_S is not None:
+        visible_SS &= segments_S[:, None] == segments_S
+    logits_HSS = jnp.where(visible_SS, logits_HSS, -jnp.inf)
     attended_SHA = jnp.einsum("hst,tha->sha", jax.nn.softmax(logits_HSS, axis=-1), v_SHA)
     return jnp.einsum("sha,had->sd", attended_SHA, weights["out"])
 
@@ -200,7 +206,7 @@ def layer_stats(model: ModelConfig, logits_SE, routing: Routing) -> LayerStats:
     )
 
 
-def forward(config: Config, params: dict, router_bias, tokens_S):
+def forward(config: Config, params: dict, router_bias, tokens_S, segments_S=None):
     """Runs one sequence. Returns logits [S, V] and LayerStats with a leading layer axis."""
     model = config.model
     vocabulary = params["vocabulary"]
@@ -208,7 +214,7 @@ def forward(config: Config, params: dict, router_bias, tokens_S):
     def layer(h_SD, weights):
         attention_weights, expert_weights, bias_E = weights
         x_SD = rms_norm(h_SD, attention_weights["attention_norm"]["scale"], model.norm_eps)
-        h_SD += attention(model, attention_weights["attention"], x_SD)
+        h_SD += attention(model, attention_weights["attention"], x_SD, segments_S)
         # One norm, read by the router and by the experts.
         x_SD = rms_norm(h_SD, attention_weights["post_norm"]["scale"], model.norm_eps)
         logits_SE = x_SD @ attention_weights["router"]["kernel"]
@@ -224,12 +230,16 @@ def forward(config: Config, params: dict, router_bias, tokens_S):
 
 
 def token_losses(config: Config, params: dict, router_bias, sequence):
-    """Returns the negative log likelihood [S] of one sequence [S + 1], and its LayerStats."""
-    tokens_S, labels_S = sequence[:-1], sequence[1:]
-    logits_SV, stats = forward(config, params, router_bias, tokens_S)
+    """Returns the negative log likelihood [S] of one sequence's labels, and its LayerStats.
+
+    sequence: its tokens [S], its labels [S] (a negative one has no loss) and, unless it is None,
+    the number of each token's document, [S].
+    """
+    tokens_S, labels_S, segments_S = sequence
+    logits_SV, stats = forward(config, params, router_bias, tokens_S, segments_S)
     log_probs_SV = jax.nn.log_softmax(logits_SV, axis=-1)
     nll_S = -jnp.take_along_axis(log_probs_SV, labels_S[:, None], axis=-1)[:, 0]
-    return nll_S, stats
+    return jnp.where(labels_S >= 0, nll_S, 0.0), stats
 
 
 def loss(config: Config, params: dict, router_bias, sequences):
@@ -237,7 +247,8 @@ def loss(config: Config, params: dict, router_bias, sequences):
 
     Args:
       router_bias: [L, E], moves the choice of experts; no gradient reaches it.
-      sequences: [B, S + 1] token ids of the whole global batch.
+      sequences: tokens, labels and document numbers (or None) of the whole global batch, [B, S]
+        each.
 
     Returns:
       The total loss, and a dict of cross_entropy, balance_loss and z_loss (means, summed over
@@ -247,7 +258,8 @@ def loss(config: Config, params: dict, router_bias, sequences):
     nll_BS, stats = jax.vmap(lambda sequence: token_losses(config, params, router_bias, sequence))(
         sequences
     )
-    cross_entropy = jnp.mean(nll_BS)
+    _, labels_BS, _ = sequences
+    cross_entropy = jnp.sum(nll_BS) / jnp.sum(labels_BS >= 0)
     # All sequences have S tokens: the mean of their token means is the mean over tokens.
     balance_loss = jnp.sum(jnp.mean(stats.balance_loss, axis=0))
     z_loss = jnp.sum(jnp.mean(stats.z_loss, axis=0))

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from disag_jax.batches import Batch
 from disag_jax.config import (
     BatchConfig,
     Config,
@@ -55,11 +56,16 @@ def make_stepper(config: Config) -> Stepper:
     return Stepper(config, Meshes.make(placement, jax.devices()[: placement.num_devices]))
 
 
-def random_sequences(config: Config, seed: int = 1) -> np.ndarray:
-    """A global batch, int32 [G, S + 1]."""
+def random_sequences(config: Config, seed: int = 1, end_of_document: int | None = None) -> Batch:
+    """A global batch; with an end-of-document token, every sixth token or so is one."""
     shape = (config.sequences_per_step, config.batch.sequence_length + 1)
     rng = np.random.default_rng(seed)
-    return rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    sequences = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    if end_of_document is not None:
+        sequences[rng.random(shape) < 1 / 6] = end_of_document
+    return Batch.of(
+        sequences, end_of_document, across_documents=config.data.attend_across_documents
+    )
 
 
 def oracle_params(config: Config) -> dict:

@@ -58,6 +58,7 @@ def test_must_be_positive(field, value):
 
 NOT_NEGATIVE = [
     *fields("model", "num_shared_experts balance_loss_weight z_loss_weight bias_update_rate"),
+    *fields("data", "prefetch_steps"),
     *fields("optimizer", "final_learning_rate warmup_steps weight_decay"),
     *fields("run", "seed eval_every checkpoint_every keep_checkpoint_every"),
 ]
@@ -78,6 +79,7 @@ RANGES = [
     ("split.bucket_factors", (1.25, 0.5), "at least 1"),
     ("data.held_out_fraction", 0.0, "between 0 and 1"),
     ("data.held_out_fraction", 1.0, "between 0 and 1"),
+    ("data.weights", (1.0,), "empty without data.sources"),
     ("optimizer.b1", 1.0, "below 1"),
     ("optimizer.b2", -0.5, "at least 0"),
     ("run.seed", 2**32, "below 2**32"),
@@ -99,6 +101,8 @@ def test_every_number_has_a_range():
                 assert f"{section.name}.{field.name}" in ranged
 
 
+SOURCES = {"data__sources": ("a.bin", "b.npy")}
+
 RELATIONS = [
     ("model.top_k", 9, "at most model.num_experts (8)", {}),
     ("model.num_heads", 6, "a multiple of model.num_kv_heads (4)", {}),
@@ -112,6 +116,12 @@ RELATIONS = [
         {},
     ),
     ("model.top_k", 2, "at most model.num_experts (1)", {"model__num_experts": 1}),
+    ("data.paths", ("text",), "empty where data.sources are given", SOURCES),
+    ("data.held_out_sources", ("c.bin",), "empty without data.sources", {}),
+    ("data.weights", (1.0,), "as many as data.sources (2), or empty", SOURCES),
+    ("data.weights", (1.0, 1.0, 1.0), "as many as data.sources (2), or empty", SOURCES),
+    ("data.weights", (2.0, -1.0), "0 or more each, and not all 0", SOURCES),
+    ("data.weights", (0.0, 0), "0 or more each, and not all 0", SOURCES),
     ("model.normalize_gates", True, "False with model.top_k = 1", {"model__top_k": 1}),
 ]  # fmt: skip
 
@@ -154,6 +164,8 @@ ALLOWED = [
     {"split__stages": 4, "split__expert_workers": 8, "split__hop": 2},
     {"batch__micro_batches": 1},
     {"data__paths": ("a", "b")},
+    {**SOURCES, "data__weights": (1, 0.0), "data__held_out_sources": ("c.bin",)},
+    {"data__prefetch_steps": 0, "data__attend_across_documents": False},
     {"optimizer__b1": 0.0},
     {"optimizer__final_learning_rate": 1e-3},
     # A run may end within its warm-up: a trial of a long one does.

@@ -12,10 +12,10 @@ from tests import reference, support
 TOLERANCE = 1e-10
 
 
-def check_against_oracle(config):
+def check_against_oracle(config, end_of_document=None):
     stepper = support.make_stepper(config)
     params, bias = support.oracle_params(config), reference.init_router_bias(config)
-    sequences = support.random_sequences(config)
+    sequences = support.random_sequences(config, end_of_document=end_of_document)
     oracle = jax.jit(functools.partial(reference.loss_and_grads, config))
     (total, aux), expected = oracle(params, bias, sequences)
 
@@ -90,3 +90,13 @@ MODELS = {
 def test_every_kind_of_model_equals_the_oracle(name):
     metrics = check_against_oracle(support.small_config(split(1, 2, 3), 2, **MODELS[name]))
     assert (metrics["dropped_pairs"].sum() > 0) == ("dropping" in name)
+
+
+@pytest.mark.parametrize(
+    "splits, attend_across", [("1-2-1", True), ("1-2-1", False), ("two replicas", False)]
+)
+def test_documents_in_sequences_equal_the_oracle(splits, attend_across):
+    split_config, micro_batches, model = SPLITS[splits]
+    config = support.small_config(split_config, micro_batches, **model)
+    config.data.attend_across_documents = attend_across
+    check_against_oracle(config, end_of_document=5)

@@ -49,16 +49,13 @@ def make_config(**model) -> Config:
 
 
 def make_inputs(config: Config, num_sequences: int = 3):
-    """Returns params, a router bias that moves some choices, and sequences."""
+    """Returns params, a router bias that moves some choices, and sequences of one document."""
     rng = np.random.default_rng(1)
     params = reference.init(config, jax.random.key(1))
     bias = reference.init_router_bias(config)
     bias += 0.05 * rng.normal(size=bias.shape)
-    return (
-        params,
-        bias,
-        jnp.asarray(rng.integers(config.model.vocab_size, size=(num_sequences, S + 1))),
-    )
+    drawn = jnp.asarray(rng.integers(config.model.vocab_size, size=(num_sequences, S + 1)))
+    return params, bias, (drawn[:, :-1], drawn[:, 1:], None)
 
 
 def random_logits():
@@ -200,7 +197,10 @@ def test_losses_are_means_over_sequences_and_total_weighs_the_parts():
     loss = jitted(reference.loss, config)
     total, aux = loss(params, bias, sequences)
     # A batch of one sequence thrice instead of once, so that the loss compiles once.
-    alone = [loss(params, bias, jnp.tile(sequence, (3, 1)))[1] for sequence in sequences]
+    alone = [
+        loss(params, bias, jax.tree.map(lambda x, i=i: jnp.tile(x[i], (3, 1)), sequences))[1]
+        for i in range(3)
+    ]
     for name in ("cross_entropy", "balance_loss", "z_loss"):
         np.testing.assert_allclose(aux[name], np.mean([one[name] for one in alone]), **CLOSE)
     for name in ("expert_counts", "dropped"):
@@ -267,13 +267,27 @@ def test_a_later_token_does_not_change_earlier_losses():
     params, bias, sequences = make_inputs(config)
     token_losses = jitted(reference.token_losses, config)
     changed_at = 7
-    sequence = sequences[0]
-    changed = sequence.at[changed_at].set((sequence[changed_at] + 1) % config.model.vocab_size)
-    nll_S, _ = token_losses(params, bias, sequence)
+    tokens, labels, _ = jax.tree.map(lambda x: x[0], sequences)
+    other = (tokens[changed_at] + 1) % config.model.vocab_size
+    changed = (tokens.at[changed_at].set(other), labels.at[changed_at - 1].set(other), None)
+    nll_S, _ = token_losses(params, bias, (tokens, labels, None))
     changed_nll_S, _ = token_losses(params, bias, changed)
     # The token at 7 is first read as the label of position 6.
     np.testing.assert_array_equal(nll_S[: changed_at - 1], changed_nll_S[: changed_at - 1])
     assert np.all(nll_S[changed_at - 1 :] != changed_nll_S[changed_at - 1 :])
+
+
+def test_documents_do_not_see_each_other():
+    config = make_config(num_shared_experts=1)
+    params, bias, (tokens, labels, _) = make_inputs(config)
+    token_losses = jitted(reference.token_losses, config)
+    first = S // 2
+    segments = jnp.asarray(np.arange(S) >= first, jnp.int32)
+    nll_S, _ = token_losses(params, bias, (tokens[0], labels[0], segments))
+    # The documents change places. RoPE counts distances only, so each may begin anywhere.
+    moved = [jnp.roll(x[0], -first) for x in (tokens, labels)]
+    moved_nll_S, _ = token_losses(params, bias, (*moved, jnp.roll(segments, -first)))
+    np.testing.assert_allclose(nll_S, jnp.roll(moved_nll_S, first), **CLOSE)
 
 
 def test_untrained_loss_of_a_zero_head_is_uniform():
