@@ -137,13 +137,13 @@ class Checkpoints:
             self._directory, preservation_policy=policies.AnyPreservationPolicy(kept)
         )
 
-    def save(self, state: TrainState, extra: dict, force: bool = False) -> bool:
+    def save(self, state: TrainState, extra: dict):
         """Begins to save; when this returns the state may be donated.
 
-        Returns whether it does so: not while an earlier checkpoint is still being written, except
-        with `force`, which waits for that. `extra` must be JSON. ConfigError if the directory
-        already has this or a later step. The first time after an older step was restored, the
-        steps after that one are deleted: the run has taken another course.
+        Waits if an earlier checkpoint is still being written: one left out might be one to keep.
+        `extra` must be JSON. ConfigError if the directory already has this or a later step. The
+        first time after an older step was restored, the steps after that one are deleted: the run
+        has taken another course.
         """
         for later in self._abandoned:
             self._checkpointer.delete(later)
@@ -154,14 +154,13 @@ class Checkpoints:
                 f"step = {state.step} must be after the last checkpoint in {self._directory}, "
                 f"which is of step {latest.step}"
             )
-        begun = self._checkpointer.save_checkpointables_async(
+        self._checkpointer.save_checkpointables_async(
             state.step,
             {ARRAYS: LogicalArrays(self._leaves, self._tree.flatten_up_to(state.masters))},
             # A copy that the caller cannot change meanwhile, and an error here if it is not JSON.
             custom_metadata=json.loads(json.dumps({"leaves": self._types, "extra": extra})),
-            force=force,
+            force=True,
         )
-        return begun is not None
 
     def restore(self, step: int | None = None) -> tuple[TrainState, dict]:
         """The state at a step, or at the last one, and the `extra` that was saved with it.

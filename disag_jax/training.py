@@ -125,7 +125,7 @@ def _loop(
         if state.step % config.run.log_every == 0 or last:
             outputs.record(meter.record(state.step))
         if _due(state.step, config.run.checkpoint_every) or (last and config.run.checkpoint_every):
-            outputs.checkpoints.save(state, {"config": dataclasses.asdict(config)}, force=last)
+            outputs.checkpoints.save(state, {"config": dataclasses.asdict(config)})
             began = time.perf_counter()
         if _due(state.step, config.run.eval_every) and not last:
             _evaluate(stepper, state, inputs, outputs)

@@ -3,10 +3,12 @@
 Tests marked `gpu` run on the machine's GPUs: `JAX_PLATFORMS=cuda python -m pytest -m gpu`.
 """
 
+import dataclasses
 import os
 
 import hypothesis
 import jax
+import pytest
 
 from mesh import runtime
 
@@ -17,3 +19,29 @@ jax.config.update("jax_enable_x64", True)
 # Examples that compile take seconds on a busy machine.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """(config, workdir) of a run of six steps with checkpoints of the steps 4 and 6.
+
+    Shared by tests that only read it.
+    """
+    from disag_jax import training
+    from disag_jax.config import SplitConfig
+    from tests import support
+
+    directory = tmp_path_factory.mktemp("trained")
+    (directory / "text.txt").write_text("".join(f"line {n}, {n * n}\n" for n in range(500)))
+    config = support.small_config(
+        SplitConfig(stages=2, attention_workers=1, expert_workers=3, bucket_factors=()), 4,
+        vocab_size=256, num_experts=7, num_shared_experts=1, bias_update_rate=0.01,
+        capacity_factor=1.5,
+    )  # fmt: skip
+    config.data.paths = (str(directory / "text.txt"),)
+    config.run = dataclasses.replace(
+        config.run, num_steps=6, eval_batches=1,
+        checkpoint_every=2, keep_checkpoints=1, keep_checkpoint_every=4,
+    )  # fmt: skip
+    training.train(config, str(directory / "run"))
+    return config, str(directory / "run")

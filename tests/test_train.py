@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -54,12 +53,14 @@ def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
         assert field in steps[0]
     assert result["held_out_loss"] == records(workdir)[-1]["held_out_loss"]
 
-    shutil.rmtree(pathlib.Path(workdir) / "checkpoints" / "6")  # as if killed after step 4
-    training.train(config, workdir, resume=True)
+    with pytest.raises(ConfigError, match=r"step = 3 must be one of the checkpoints .*: 2, 4, 6$"):
+        training.train(config, workdir, resume=True, step=3)
+    training.train(config, workdir, resume=True, step=4)
     again = [r for r in records(workdir)[len(steps) + 2 :] if "loss" in r]
     assert [r["step"] for r in again] == [5, 6]
     for first, second in zip(steps[4:], again, strict=True):
         assert first["loss"] == second["loss"] and first["gradient_norm"] == second["gradient_norm"]
+    assert training.train(config, workdir, resume=True) == result
 
 
 def test_nan_loss_stops_the_run_and_says_the_step(small_run, monkeypatch):

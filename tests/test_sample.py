@@ -1,0 +1,147 @@
+"""Sampled text: greedy, it is the oracle's argmax; drawn, it is the seed's; mistakes are named."""
+
+import functools
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from disag_jax import sample
+from disag_jax.checkpoint import SavedCheckpoint
+from disag_jax.config import ConfigError
+from disag_jax.sample import ByteTokenizer, Sampler
+from disag_jax.state import RUN_ONCE
+from tests import reference
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+PROMPT = "line"
+
+
+@pytest.fixture(scope="module")
+def model(trained_run):
+    """(config, parameters, selection bias) of the trained model."""
+    config, workdir = trained_run
+    saved = SavedCheckpoint.open(f"{workdir}/checkpoints")
+    return config, saved.params(), saved.router_bias()
+
+
+@pytest.fixture(scope="module")
+def sampler(model):
+    return Sampler(*model, end_of_document=ByteTokenizer.end_of_document)
+
+
+@pytest.fixture(scope="module")
+def oracle_next(model):
+    """The oracle's most likely token after some tokens, no more than a sequence of them."""
+    config, params, bias = model
+    forward = jax.jit(functools.partial(reference.forward, config), compiler_options=RUN_ONCE)
+
+    def most_likely(tokens) -> int:
+        # The capacity is that of a whole sequence; what stands at its end changes nothing before.
+        padded = np.full(config.batch.sequence_length, ord("x"), np.int32)
+        padded[: len(tokens)] = tokens
+        return int(np.argmax(forward(params, bias, padded)[0][len(tokens) - 1]))
+
+    return most_likely
+
+
+def test_greedy_is_the_oracles_argmax(sampler, oracle_next, model):
+    """Also once there are more tokens than in a sequence of training."""
+    length = model[0].batch.sequence_length
+    tokens = ByteTokenizer().encode(PROMPT)
+    sampled = sampler.sample(tokens, 3 * length)
+    assert len(sampled) == 3 * length and len(set(sampled)) > 1
+    for token in sampled:
+        assert token == oracle_next(tokens[-length:])
+        tokens.append(token)
+
+
+def test_a_seed_gives_one_text(sampler):
+    tokens = ByteTokenizer().encode(PROMPT)
+    draw = functools.partial(sampler.sample, tokens, 12)
+    assert draw(temperature=0.8, seed=1) == draw(temperature=0.8, seed=1)
+    assert draw(temperature=0.8, seed=1) != draw(temperature=0.8, seed=2)
+    assert draw(temperature=1e-4, seed=1) == draw()
+
+
+def test_draws_follow_the_model(sampler, model):
+    """The shares of first tokens come close to the probabilities that the oracle gives them."""
+    config, params, bias = model
+    prompt = ByteTokenizer().encode("line 12,")
+    logits_SV, _ = reference.forward(config, params, bias, np.asarray(prompt))
+    expected = np.asarray(jax.nn.softmax(logits_SV[-1] / 0.5))
+    drawn = [sampler.sample(prompt, 1, temperature=0.5, seed=seed)[0] for seed in range(400)]
+    shares = np.bincount(drawn, minlength=config.model.vocab_size) / len(drawn)
+    assert np.abs(shares - expected).max() < 0.1
+
+
+def test_the_text_ends_with_its_document(sampler, model):
+    tokens = ByteTokenizer().encode(PROMPT)
+    whole = sampler.sample(tokens, 8)
+    cut = Sampler(*model, end_of_document=whole[2]).sample(tokens, 8)
+    assert cut == whole[: whole.index(whole[2]) + 1]
+
+
+def test_bytes():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("a\u00e9") == [97, 0xC3, 0xA9]
+    assert tokenizer.decode(tokenizer.encode("caf\u00e9 \udcff")) == "caf\u00e9 \ufffd"
+    # Half a character, and an id that is no byte.
+    assert tokenizer.decode([97, 0xC3, 300, 98]) == "a\ufffd\ufffdb"
+
+
+def test_text_of_a_run(trained_run, sampler):
+    workdir, tokens = trained_run[1], ByteTokenizer().encode(PROMPT)
+    last = sample.sample_text(workdir, PROMPT, 8, temperature=0.0, seed=0, step=None)
+    assert last == ByteTokenizer().decode(tokens + sampler.sample(tokens, 8))
+
+
+MISTAKES = {
+    "empty prompt": ({"prompt": ""}, "--prompt = '' must have a token"),
+    "no token": ({"num_tokens": 0}, "--num_tokens = 0 must be 1 or more"),
+    "cold": ({"temperature": -0.5}, "--temperature = -0.5 must be a number, 0 or more"),
+    "not a number": ({"temperature": float("nan")}, "--temperature = nan must be a number"),
+    "seed": ({"seed": -1}, "--seed = -1 must be 0 or more"),
+    "no such step": ({"step": 3}, r"step = 3 must be one of the checkpoints in .*: 4, 6$"),
+    "no run": ({"workdir": "/no/such/run"}, "workdir = '/no/such/run' must hold a run"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name, trained_run):
+    change, message = MISTAKES[name]
+    request = {
+        "workdir": trained_run[1], "prompt": PROMPT, "num_tokens": 5, "temperature": 1.0,
+        "seed": 0, "step": None,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+        sample.sample_text(**request | change)
+
+
+def test_id_outside_the_vocabulary(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": {"vocab_size": 100}}')
+    with pytest.raises(ConfigError, match=r"--prompt must have ids below .* = 100, but has 110"):
+        sample.sample_text(str(tmp_path), PROMPT, 5, temperature=1.0, seed=0, step=None)
+
+
+def test_no_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="checkpoints must hold a checkpoint, but there is none"):
+        sample.sample_text(str(tmp_path), PROMPT, 5, temperature=1.0, seed=0, step=None)
+
+
+COMMANDS = {
+    "sample": ["disag_jax.sample", "--workdir=/no/such/run", "--prompt=a"],
+    "inspect": ["disag_jax.inspect", "/no/such/run"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_tells_a_mistake_in_one_sentence(name):
+    command = [sys.executable, "-m", *COMMANDS[name]]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
