@@ -42,7 +42,7 @@ def records(workdir) -> list[dict]:
 
 def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
     config, workdir = small_run
-    result = training.train(config, workdir)
+    result = training.train(config, workdir, profile_steps=range(4, 5))
     printed = capsys.readouterr().out
     for fact in ("split", "experts 0-1", "parameters", "periods a step", "held-out loss", "bigram"):
         assert fact in printed
@@ -51,7 +51,18 @@ def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
     assert steps[-1]["loss"] < steps[0]["loss"]
     for field in ("expert_load", "dead_experts", "dropped_pairs", "tokens_per_second"):
         assert field in steps[0]
-    assert result["held_out_loss"] == records(workdir)[-1]["held_out_loss"]
+    parts = ("input_wait", "pipeline", "update", "host")
+    for record in steps:
+        seconds = [record[f"{part}_seconds"] for part in parts]
+        assert min(seconds) > 0 and sum(seconds) == pytest.approx(record["step_seconds"])
+    assert "compile_seconds" in steps[0] and "compile_seconds" not in steps[-1]
+    assert result == records(workdir)[-1]
+    assert result["perplexity"] == pytest.approx(np.exp(result["held_out_loss"]))
+    assert result["bits_per_byte"] == pytest.approx(result["held_out_loss"] / np.log(2))
+    assert list(pathlib.Path(workdir).glob("tensorboard/events*"))
+    (trace,) = pathlib.Path(workdir).glob("profile/plugins/profile/*/*.xplane.pb")
+    for scope in (b"attention_forward", b"expert_forward", b"m2n_forward", b"input_wait"):
+        assert scope in trace.read_bytes()
 
     with pytest.raises(ConfigError, match=r"step = 3 must be one of the checkpoints .*: 2, 4, 6$"):
         training.train(config, workdir, resume=True, step=3)
