@@ -50,7 +50,7 @@ def main():
         WORKDIR.value,
         resume=resume,
         step=step,
-        profile_steps=profiling.parse_steps(PROFILE_STEPS.value),
+        profile_steps=profiling.parse_steps(PROFILE_STEPS.value, CONFIG.value.run.num_steps),
     )
 
 

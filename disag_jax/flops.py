@@ -4,7 +4,8 @@ FLOPs are those of the model's matrix products, a multiply and an add counting t
 implementation does more often than the mathematics needs is not counted: recomputed activations,
 padding, the masked half of the attention scores. Nor are norms, softmax, RoPE, activations and the
 lookup of embeddings, which are no matrix products. A token counts with its top_k experts also where
-`capacity_factor` dropped some.
+`capacity_factor` dropped some, and attends to all earlier ones of its sequence also where
+`data.attend_across_documents` keeps it to its document.
 """
 
 import dataclasses

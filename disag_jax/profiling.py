@@ -34,16 +34,19 @@ class Stopwatch:
         return {f"{part}_seconds": seconds for part, seconds in self._seconds.items()}
 
 
-def parse_steps(text: str | None) -> range | None:
-    """The steps that a `--profile_steps` of "begin:end" names; ConfigError if it names none."""
+def parse_steps(text: str | None, num_steps: int) -> range | None:
+    """The steps that a `--profile_steps` of "begin:end" names, None for None.
+
+    ConfigError if it names no step of a run of `num_steps`.
+    """
     if text is None:
         return None
     match = re.fullmatch(r"(\d+):(\d+)", text)
     steps = range(*map(int, match.groups())) if match else range(0)
-    if not steps:
+    if not steps or steps.start >= num_steps:
         raise ConfigError(
-            f"--profile_steps = {text!r} must be begin:end, two step numbers with begin < end: "
-            "10:13 traces steps 10, 11 and 12, counted from 0"
+            f"--profile_steps = {text!r} must be begin:end with begin < end and begin < "
+            f"run.num_steps = {num_steps}: 10:13 traces steps 10, 11 and 12, counted from 0"
         )
     return steps
 
@@ -54,18 +57,7 @@ class Profiler:
     Each process traces its own devices. Tracing slows its steps down.
     """
 
-    def __init__(self, directory: pathlib.Path, steps: range | None, run: range):
-        """
-        Args:
-          directory: of the traces.
-          steps: those to trace, or None; ConfigError if none of them is in the run.
-          run: the steps that will be trained.
-        """
-        if steps is not None and not range(max(steps[0], run.start), min(steps[-1] + 1, run.stop)):
-            raise ConfigError(
-                f"--profile_steps = {steps.start}:{steps.stop} must name steps that this run will "
-                f"do: {run.start} to {run.stop - 1}"
-            )
+    def __init__(self, directory: pathlib.Path, steps: range | None):
         self._directory, self._steps = directory, steps or range(0)
         self._is_tracing = False
 

@@ -77,7 +77,7 @@ def train(
         display=make_display(config),
         log=MetricsLog(directory.metrics, directory.tensorboard, next_step=state.step + 1),
         checkpoints=checkpoints,
-        profiler=Profiler(directory.profile, profile_steps, steps),
+        profiler=Profiler(directory.profile, profile_steps),
     )
     try:
         outputs.display.say(startup_report.start_up(stepper, inputs.description))
@@ -144,9 +144,10 @@ def _evaluate(stepper: Stepper, state: TrainState, inputs: Inputs, outputs: Outp
         "step": state.step,
         "held_out_loss": loss,
         "perplexity": float(np.exp(loss)),
-        "bits_per_byte": loss / math.log(2),
         "bigram_loss": inputs.bigram_loss,
     }
+    if not stepper.config.data.sources:  # text is read as bytes
+        result["bits_per_byte"] = loss / math.log(2)
     outputs.log.write(result)
     outputs.display.say(startup_report.evaluation(result))
     return result

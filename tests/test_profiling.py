@@ -15,13 +15,13 @@ from tests import support
 
 @pytest.mark.parametrize("text, steps", [(None, None), ("3:5", range(3, 5)), ("0:1", range(1))])
 def test_steps_to_profile(text, steps):
-    assert profiling.parse_steps(text) == steps
+    assert profiling.parse_steps(text, num_steps=4) == steps
 
 
-@pytest.mark.parametrize("text", ["", "3", "5:3", "4:4", "-1:2", "a:b", "1:2:3", "1:"])
+@pytest.mark.parametrize("text", ["", "3", "5:3", "4:4", "-1:2", "a:b", "1:2:3", "1:", "9:10"])
 def test_steps_that_name_none_are_refused(text):
     with pytest.raises(ConfigError, match=r"--profile_steps = .* must be begin:end"):
-        profiling.parse_steps(text)
+        profiling.parse_steps(text, num_steps=9)
 
 
 def test_stopwatch_adds_up_parts_of_one_name():
@@ -52,7 +52,7 @@ def test_trace_has_the_steps_and_the_named_scopes(tmp_path):
         with jax.named_scope("scope_of_the_test"):
             return jnp.sin(x) * 2
 
-    profiler = profiling.Profiler(tmp_path, range(2, 4), range(6))
+    profiler = profiling.Profiler(tmp_path, range(2, 4))
     changed = []
     for step in range(6):
         changed.append(profiler.before_step(FakeState(step)))
@@ -74,16 +74,10 @@ def test_trace_has_the_steps_and_the_named_scopes(tmp_path):
 
 
 def test_a_trace_ends_with_the_run(tmp_path):
-    profiler = profiling.Profiler(tmp_path, range(1, 100), range(6))
+    profiler = profiling.Profiler(tmp_path, range(1, 100))
     profiler.before_step(FakeState(1))
     profiler.close()
     assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
-
-
-@pytest.mark.parametrize("steps", [range(6, 8), range(0, 2)])
-def test_steps_outside_the_run_are_refused(steps, tmp_path):
-    with pytest.raises(ConfigError, match=r"must name steps that this run will do: 2 to 5$"):
-        profiling.Profiler(tmp_path, steps, range(2, 6))
 
 
 def test_programs_carry_the_names_of_the_code():
