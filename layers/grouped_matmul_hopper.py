@@ -230,7 +230,8 @@ def _compute_and_store(staging, target, group, run_pipeline):
 
 
 def _call(kernel, out):
-    return plgpu.kernel(
+    """The kernel as a function of its operands, run by three warpgroups on every processor."""
+    function = plgpu.kernel(
         kernel,
         grid=(jax.devices()[0].core_count,),
         grid_names=("sm",),
@@ -239,3 +240,10 @@ def _call(kernel, out):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **{_OUT: out},
     )
+
+    def call(*operands):
+        # Pallas' loops count in 32 bits and cannot be traced where JAX counts in 64.
+        with jax.enable_x64(False):
+            return function(*operands)
+
+    return call
