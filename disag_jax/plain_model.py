@@ -26,7 +26,7 @@ from layers.router import (
 )
 
 
-def logits(config: Config, params: dict, router_bias_LE, tokens_BS):
+def logits(config: Config, params: dict, router_bias_LE, tokens_BS, segments_BS=None):
     """Logits [B, S, V] in float32 or wider, computed in the type of the parameters.
 
     An expert keeps as many tokens of a sequence as in training, those of
@@ -34,11 +34,12 @@ def logits(config: Config, params: dict, router_bias_LE, tokens_BS):
     earlier one's place, so padding at the end changes nothing before it.
 
     params: the logical tree, layers [L, ...], experts [L, E, ...], vocabulary [V, D].
+    segments_BS: int32, numbers of the documents that attention stays in; None lets it cross.
     """
     vocabulary = params["vocabulary"]
 
     def layer(h_BSD, weights):
-        return _layer(config, *weights, h_BSD), None
+        return _layer(config, *weights, h_BSD, segments_BS), None
 
     h_BSD = vocabulary["embedding"][tokens_BS]
     # The layers are alike: a scan compiles one.
@@ -48,10 +49,10 @@ def logits(config: Config, params: dict, router_bias_LE, tokens_BS):
     return jnp.einsum("bsd,vd->bsv", x_BSD, vocabulary["head"], preferred_element_type=wide)
 
 
-def _layer(config: Config, attention_params, expert_params, bias_E, h_BSD):
+def _layer(config: Config, attention_params, expert_params, bias_E, h_BSD, segments_BS):
     model = config.model
     layer = attention_module(model, h_BSD.dtype).merge(attention_params)
-    h_BSD = h_BSD + layer.attention(layer.attention_norm(h_BSD))
+    h_BSD = h_BSD + layer.attention(layer.attention_norm(h_BSD), segments_BS)
     x_TD = layer.post_norm(h_BSD).reshape(-1, model.d_model)
     scores_TE = router_scores(layer.router(x_TD), model.router_score.value)
     ids_TK = choose_experts(scores_TE, bias_E, model.top_k)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from disag_jax import plain_model
+from disag_jax import plain_model, text
+from disag_jax.batches import Batch
 from disag_jax.checkpoint import SavedCheckpoint
 from disag_jax.config import Config, ConfigError, Dtype
 from disag_jax.workdir import Workdir
@@ -23,8 +24,7 @@ from disag_jax.workdir import Workdir
 class ByteTokenizer:
     """Text as its UTF-8 bytes, which is how a run without token files reads it."""
 
-    # The byte between documents (disag_jax/text.py).
-    end_of_document = 0
+    end_of_document = text.END_OF_DOCUMENT
 
     def encode(self, text: str) -> list[int]:
         # A command line that is not UTF-8 comes with surrogates.
@@ -58,14 +58,19 @@ class Sampler:
         temperature: what logits are divided by; 0 takes the most likely token.
         """
         tokens, key = list(prompt), jax.random.key(seed)
-        window_1S = np.zeros((1, self._config.batch.sequence_length), np.int32)
+        length = self._config.batch.sequence_length
+        # What stands after the tokens changes nothing before: the shape is always the same.
+        sequence = np.zeros((1, length + 1), np.int32)
         for _ in range(num_tokens):
-            seen = tokens[-window_1S.size :]
-            # What stands after them changes nothing: the shape is always the same.
-            window_1S[0, : len(seen)] = seen
+            seen = tokens[-length:]
+            sequence[0, : len(seen)] = seen
             token = self._next_token(
                 *self._model,
-                window_1S,
+                Batch.of(
+                    sequence,
+                    self._end_of_document,
+                    across_documents=self._config.data.attend_across_documents,
+                ),
                 len(seen) - 1,
                 float(temperature),
                 jax.random.fold_in(key, len(tokens)),
@@ -76,9 +81,10 @@ class Sampler:
         return tokens[len(prompt) :]
 
 
-def _next_token(config: Config, params, router_bias, window_1S, position, temperature, key):
-    """A draw from the model's distribution after the token at `position` of the window."""
-    logits_V = plain_model.logits(config, params, router_bias, window_1S)[0, position]
+def _next_token(config: Config, params, router_bias, batch: Batch, position, temperature, key):
+    """A draw from the model's distribution after the token at `position` of the only sequence."""
+    logits_BSV = plain_model.logits(config, params, router_bias, batch.tokens, batch.segments)
+    logits_V = logits_BSV[0, position]
     drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
 

@@ -39,15 +39,15 @@ def make_model(**model):
     return config, support.oracle_params(config), bias, tokens.astype(np.int32)
 
 
-def oracle_logits(config, params, bias, tokens_BS):
+def oracle_logits(config, params, bias, *tokens_and_segments):
     forward = functools.partial(reference.forward, config, params, bias)
-    over_sequences = jax.vmap(lambda tokens_S: forward(tokens_S)[0])
-    return jax.jit(over_sequences, compiler_options=RUN_ONCE)(tokens_BS)
+    over_sequences = jax.vmap(lambda *sequence: forward(*sequence)[0])
+    return jax.jit(over_sequences, compiler_options=RUN_ONCE)(*tokens_and_segments)
 
 
-def plain_logits(config, params, bias, tokens_BS):
+def plain_logits(config, params, bias, *tokens_and_segments):
     function = functools.partial(plain_model.logits, config)
-    return jax.jit(function, compiler_options=RUN_ONCE)(params, bias, tokens_BS)
+    return jax.jit(function, compiler_options=RUN_ONCE)(params, bias, *tokens_and_segments)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -71,6 +71,15 @@ def test_capacity_is_that_of_training_whatever_the_length():
     dropless = dataclasses.replace(config.model, capacity_factor=None)
     other = plain_logits(dataclasses.replace(config, model=dropless), params, bias, tokens_BS)
     assert support.relative_error(other[:, :half], expected) > 0.01
+
+
+def test_attention_within_documents():
+    config, params, bias, tokens_BS = make_model()
+    segments_BS = np.cumsum(np.random.default_rng(6).random(tokens_BS.shape) < 0.3, axis=1)
+    assert segments_BS.max() > 1
+    expected = oracle_logits(config, params, bias, tokens_BS, segments_BS)
+    actual = plain_logits(config, params, bias, tokens_BS, segments_BS)
+    assert support.relative_error(actual, expected) < TOLERANCE
 
 
 def test_bfloat16_weights_give_wide_logits():

@@ -1,5 +1,6 @@
 """Sampled text: greedy, it is the oracle's argmax; drawn, it is the seed's; mistakes are named."""
 
+import dataclasses
 import functools
 import pathlib
 import subprocess
@@ -83,6 +84,18 @@ def test_the_text_ends_with_its_document(sampler, model):
     whole = sampler.sample(tokens, 8)
     cut = Sampler(*model, end_of_document=whole[2]).sample(tokens, 8)
     assert cut == whole[: whole.index(whole[2]) + 1]
+
+
+def test_documents_in_the_prompt_are_apart(model):
+    """Where training kept attention within documents."""
+    config, params, bias = model
+    apart = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, attend_across_documents=False)
+    )
+    sampler = Sampler(apart, params, bias, end_of_document=0)
+    prompt, segments = np.array([*b"ab\0cd"]), np.array([0, 0, 0, 1, 1])
+    logits_SV, _ = reference.forward(config, params, bias, prompt, segments)
+    assert sampler.sample(prompt.tolist(), 1) == [int(np.argmax(logits_SV[-1]))]
 
 
 def test_bytes():

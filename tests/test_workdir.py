@@ -11,7 +11,9 @@ from disag_jax.config import Config, ConfigError, RouterScore, SplitConfig
 from disag_jax.workdir import Workdir, config_from_dict
 from tests import support
 
-CONFIGS = sorted(path.stem for path in pathlib.Path(__file__).parent.parent.glob("configs/[!_]*.py"))
+CONFIGS = sorted(
+    path.stem for path in pathlib.Path(__file__).parent.parent.glob("configs/[!_]*.py")
+)
 
 
 def small_config(**model) -> Config:
