@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import rich.console
 import rich.progress
+from rich.table import Column
 
 from disag_jax.config import Config
 
-# Sharing the terminal's width with the numbers.
-BAR_WIDTH = 20
+# Leaves room for the numbers in a terminal of 80 columns.
+BAR_WIDTH = 12
 
 
 class Display:
@@ -46,13 +47,14 @@ class BarDisplay(Display):
     """Keeps the main numbers of the last record beside a progress bar; other text goes above it."""
 
     def __init__(self, num_steps: int, console: rich.console.Console | None = None):
-        columns = rich.progress
+        columns, whole = rich.progress, Column(no_wrap=True)
         self._bar = columns.Progress(
-            columns.MofNCompleteColumn(),
-            columns.BarColumn(BAR_WIDTH),
-            columns.TimeRemainingColumn(compact=True),
-            columns.TextColumn("loss {task.fields[loss]:.4f}"),
-            columns.TextColumn("{task.fields[numbers]}"),
+            columns.MofNCompleteColumn(table_column=whole),
+            columns.BarColumn(BAR_WIDTH, table_column=whole),
+            columns.TimeRemainingColumn(compact=True, table_column=whole),
+            columns.TextColumn("loss {task.fields[loss]:.4f}", table_column=whole),
+            # Where it does not fit this one goes on below.
+            columns.TextColumn("{task.fields[numbers]}", table_column=Column()),
             console=console,
             speed_estimate_period=600,
         )
@@ -72,7 +74,8 @@ class BarDisplay(Display):
         self._bar.update(self._task, completed=step, loss=loss)
 
     def record(self, record: dict):
-        self._bar.update(self._task, numbers="  ".join([*_speed(record), _load(record)]))
+        speed, work = _speed(record)
+        self._bar.update(self._task, numbers=f"{speed}  {work}  load {_load(record):.2f}")
 
     def close(self):
         self._bar.stop()
@@ -94,7 +97,7 @@ def line(record: dict, num_steps: int) -> str:
         f"grad norm {record['gradient_norm']:.3f}",
         *_speed(record),
         _seconds(record),
-        f"{_load(record)} in layer {int(np.argmax(record['expert_load']))}",
+        f"load max/mean {_load(record):.2f} in layer {np.argmax(record['expert_load'])}",
         f"imbalance cost {np.mean(record['imbalance_cost']):.0%}",
         f"dead experts {sum(record['dead_experts'])}",
         f"dropped {sum(record['dropped_pairs'])}",
@@ -106,13 +109,12 @@ def line(record: dict, num_steps: int) -> str:
     return "  ".join(parts)
 
 
-def _speed(record: dict) -> list[str]:
-    """Tokens per second and what they take of a device."""
-    speed = [
-        f"{record['tokens_per_second']:,.0f} tokens/s",
-        f"{record['tflops_per_device']:.3g} TFLOP/s per device",
-    ]
-    return [*speed, f"MFU {record['mfu']:.1%}"] if "mfu" in record else speed
+def _speed(record: dict) -> tuple[str, str]:
+    """Tokens per second, and the model's arithmetic per device that they stand for."""
+    work = f"{record['tflops_per_device']:.3g} TFLOP/s a device"
+    if "mfu" in record:
+        work = f"MFU {record['mfu']:.1%}"
+    return f"{record['tokens_per_second']:,.0f} tokens/s", work
 
 
 def _seconds(record: dict) -> str:
@@ -122,5 +124,6 @@ def _seconds(record: dict) -> str:
     return f"{record['step_seconds']:.3f} s a step ({parts})"
 
 
-def _load(record: dict) -> str:
-    return f"load max/mean {max(record['expert_load']):.2f}"
+def _load(record: dict) -> float:
+    """Largest over mean expert load, of the worst layer."""
+    return max(record["expert_load"])
