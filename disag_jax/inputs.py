@@ -136,10 +136,10 @@ def _open_token_files(config: Config) -> _Splits:
             Source(f.name, f.tokens[cut:], cut) for f, cut in zip(train, cuts, strict=True)
         ]
     sizes = [sum(len(source.tokens) for source in side) for side in (training, evaluation)]
-    header = train[0].header
+    header, more = train[0].header, f" and {len(train) - 1} more" if train[1:] else ""
     return _Splits(
-        description=f"{len(train)} token files of the tokenizer {header.tokenizer}: train "
-        f"{sizes[0]:,} tokens, held out {sizes[1]:,}",
+        description=f"tokens of {data.sources[0]}{more} ({header.tokenizer}): train {sizes[0]:,}, "
+        f"held out {sizes[1]:,}",
         train=training,
         held_out=evaluation,
         end_of_document=header.end_of_document,

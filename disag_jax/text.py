@@ -58,12 +58,14 @@ def load(paths: tuple[str, ...], held_out_fraction: float) -> Corpus:
       ConfigError: a path is missing, unreadable or not UTF-8, or there is no text at all.
     """
     if paths:
-        documents = _read(_find(paths, TEXT_SUFFIXES))
+        documents = _read(find_files(paths))
         where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         rule = f"hold text, but no file that ends in one of {' '.join(TEXT_SUFFIXES)} has any"
     else:
         root = sysconfig.get_path("stdlib")
-        documents = _read(_find((root,), (".py",), _STDLIB_SKIPPED), skip_undecodable=True)
+        documents = _read(
+            find_files((root,), suffixes=(".py",), skipped=_STDLIB_SKIPPED), skip_undecodable=True
+        )
         where = f"the standard library of Python {platform.python_version()} ({root})"
         rule = f"name text files, because {where} has no sources here"
     if not documents:
@@ -80,10 +82,17 @@ def load(paths: tuple[str, ...], held_out_fraction: float) -> Corpus:
     )
 
 
-def _find(
-    paths: tuple[str, ...], suffixes: tuple[str, ...], skipped: tuple[str, ...] = ()
+def find_files(
+    paths: tuple[str, ...],
+    field: str = "data.paths",
+    *,
+    suffixes: tuple[str, ...] = TEXT_SUFFIXES,
+    skipped: tuple[str, ...] = (),
 ) -> dict[pathlib.Path, str]:
-    """Returns {file: its posix path below the given directory, or its name if given itself}."""
+    """Returns {file: its posix path below the given directory, or its name if given itself}.
+
+    field: what names the paths in error messages.
+    """
     files = {}
     for given in paths:
         root = pathlib.Path(given)
@@ -92,7 +101,7 @@ def _find(
         elif root.is_dir():
             found = {f: f.relative_to(root).as_posix() for f in _search(root, suffixes, skipped)}
         else:
-            raise ConfigError(f"data.paths = {given!r} must be a file or directory that exists")
+            raise ConfigError(f"{field} = {given!r} must be a file or directory that exists")
         for path, name in found.items():
             # Reached by two routes, a file would have two names and could fall on both sides. The
             # smaller name does not depend on the order of the paths.

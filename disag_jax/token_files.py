@@ -115,9 +115,12 @@ class TokenWriter:
 
     def __init__(self, path: pathlib.Path, dtype: str, keep: int = 0):
         self._dtype = np.dtype(dtype).newbyteorder("<")
+        size = keep * self._dtype.itemsize
+        if keep and (not path.exists() or path.stat().st_size < size):
+            raise ConfigError(f"{path} must have the first {size} bytes of its interrupted writing")
         self._file = open(path, "r+b" if keep else "wb")  # noqa: SIM115
-        self._file.truncate(keep * self._dtype.itemsize)
-        self._file.seek(0, os.SEEK_END)
+        self._file.truncate(size)
+        self._file.seek(size)
 
     def append(self, ids):
         self._file.write(np.asarray(ids, self._dtype).tobytes())
