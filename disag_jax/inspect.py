@@ -22,7 +22,7 @@ def open_checkpoint(path: str) -> SavedCheckpoint:
     for candidate in (directory / "checkpoints", directory):
         if saved_steps(candidate):
             return SavedCheckpoint.open(candidate)
-    if directory.name.isdecimal() and directory.is_dir():
+    if directory.name.isdecimal() and saved_steps(directory.parent):
         return SavedCheckpoint.open(directory.parent, int(directory.name))
     raise ConfigError(f"directory = {path!r} must hold a checkpoint, but there is none")
 

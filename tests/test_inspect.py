@@ -68,6 +68,11 @@ def test_no_checkpoint(path, tmp_path):
         inspect.open_checkpoint(str(tmp_path / path))
 
 
+def test_a_missing_step_lists_those_that_are_there(trained_run):
+    with pytest.raises(ConfigError, match=r"step = 5 must be one of .*: 4, 6$"):
+        inspect.open_checkpoint(f"{trained_run[1]}/checkpoints/5")
+
+
 def test_not_a_checkpoint(tmp_path):
     (tmp_path / "3").mkdir()
     with pytest.raises(ConfigError, match=r"checkpoint of step 3 in .* cannot be read"):
