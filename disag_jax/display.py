@@ -74,8 +74,9 @@ class BarDisplay(Display):
         self._bar.update(self._task, completed=step, loss=loss)
 
     def record(self, record: dict):
-        speed, work = _speed(record)
-        self._bar.update(self._task, numbers=f"{speed}  {work}  load {_load(record):.2f}")
+        speed = _speed(record)
+        numbers = f"{speed[0]}  {speed[-1]}  load {_load(record):.2f}"
+        self._bar.update(self._task, numbers=numbers)
 
     def close(self):
         self._bar.stop()
@@ -109,12 +110,13 @@ def line(record: dict, num_steps: int) -> str:
     return "  ".join(parts)
 
 
-def _speed(record: dict) -> tuple[str, str]:
+def _speed(record: dict) -> list[str]:
     """Tokens per second, and the model's arithmetic per device that they stand for."""
-    work = f"{record['tflops_per_device']:.3g} TFLOP/s a device"
-    if "mfu" in record:
-        work = f"MFU {record['mfu']:.1%}"
-    return f"{record['tokens_per_second']:,.0f} tokens/s", work
+    speed = [
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+        f"{record['tflops_per_device']:.3g} TFLOP/s a device",
+    ]
+    return [*speed, f"MFU {record['mfu']:.1%}"] if "mfu" in record else speed
 
 
 def _seconds(record: dict) -> str:

@@ -10,7 +10,7 @@ import pathlib
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from disag_jax.config import Config, ConfigError
 from disag_jax.workdir import Workdir
@@ -129,16 +129,13 @@ def _draw_speed(axes, steps):
     axes.plot(_column(steps, "step"), values, color=TRAINING)
     axes.yaxis.set_major_formatter(EngFormatter())
     axes.set_ylim(0, 1.1 * np.nanmax(values))
-    # Both are the tokens per second in other units.
-    tflops = np.nanmedian(_column(steps, "tflops_per_device") / values)
-    name, scale, form = "model TFLOP/s per device", tflops, None
-    if "mfu" in steps[-1]:
-        name, form = "MFU", "{x:.0%}"
-        scale = np.nanmedian(_column(steps, "mfu") / values)
+    # The right axis says the same in another unit.
+    has_mfu = "mfu" in steps[-1]
+    scale = np.nanmedian(_column(steps, "mfu" if has_mfu else "tflops_per_device") / values)
     right = axes.secondary_yaxis("right", functions=(lambda y: y * scale, lambda y: y / scale))
-    right.set_ylabel(name)
-    if form:
-        right.yaxis.set_major_formatter(form)
+    right.set_ylabel("MFU" if has_mfu else "model TFLOP/s per device")
+    if has_mfu:
+        right.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 def _draw_parts(axes, steps):
