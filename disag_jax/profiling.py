@@ -54,11 +54,14 @@ def parse_steps(text: str | None, num_steps: int) -> range | None:
 class Profiler:
     """Traces some steps of a run into a directory that TensorBoard and Perfetto open.
 
-    Each process traces its own devices. Tracing slows its steps down.
+    Each process traces its own devices, of several each into a directory of its own: a trace is named
+    by its host. Tracing slows its steps down.
     """
 
     def __init__(self, directory: pathlib.Path, steps: range | None):
-        self._directory, self._steps = directory, steps or range(0)
+        several = jax.process_count() > 1
+        self._directory = directory / f"process_{jax.process_index()}" if several else directory
+        self._steps = steps or range(0)
         self._is_tracing = False
 
     def before_step(self, state: TrainState) -> bool:
