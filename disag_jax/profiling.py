@@ -54,8 +54,8 @@ def parse_steps(text: str | None, num_steps: int) -> range | None:
 class Profiler:
     """Traces some steps of a run into a directory that TensorBoard and Perfetto open.
 
-    Each process traces its own devices, of several each into a directory of its own: a trace is named
-    by its host. Tracing slows its steps down.
+    Each process traces its own devices. Of several processes each has its own directory: the files
+    are named by their host alone. Tracing slows its steps down.
     """
 
     def __init__(self, directory: pathlib.Path, steps: range | None):
