@@ -47,6 +47,8 @@ def causal_attention(q_BSHA, k_BSGA, v_BSGA, kernel: AttentionKernel, segments_B
 
     segments_BS: integers; a position sees only those with its own number. None: all earlier ones.
     """
+    # cuDNN reads the mask from memory, B S^2 words: 2.5 times the time of the plain causal one on
+    # an H100 at S = 4096, a fifth of einsum's.
     mask_BSS = None
     if segments_BS is not None:
         mask_BSS = segments_BS[:, :, None] == segments_BS[:, None, :]

@@ -15,6 +15,7 @@ import pytest
 
 from disag_jax import plain_model
 from disag_jax.config import BatchConfig, Dtype, ModelConfig, SplitConfig
+from layers.attention import AttentionKernel, causal_attention
 from layers.grouped_matmul import grouped_matmul, order_by_expert, sorted_rows, tile_rows
 from tests import reference, support
 from tests.test_compiled import COPY, loop_buffers
@@ -80,6 +81,28 @@ def test_hopper_kernels_equal_the_portable_product():
     kernels, exact = jax.jit(both, static_argnums=0)(jnp.bfloat16), both(jnp.float64)
     for kernel, expected in zip(kernels, exact, strict=True):
         assert support.relative_error(np.asarray(kernel, np.float64), expected) < 4e-3
+
+
+@pytest.mark.parametrize("num_documents", [None, 8])
+def test_cudnn_attention_equals_einsum(num_documents):
+    shape, segments = (2, 1024), None
+    if num_documents:
+        drawn = np.random.default_rng(0).integers(num_documents, size=shape)
+        segments = jnp.asarray(np.sort(drawn, axis=1))
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, dout = (
+        jax.random.normal(key, (*shape, heads, 64), jnp.bfloat16)
+        for key, heads in zip(keys, (8, 2, 2, 8), strict=True)
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(kernel):
+        out, vjp = jax.vjp(lambda *qkv: causal_attention(*qkv, kernel, segments), q, k, v)
+        return out, *vjp(dout)
+
+    pairs = zip(both(AttentionKernel.CUDNN), both(AttentionKernel.EINSUM), strict=True)
+    for actual, expected in pairs:
+        assert support.relative_error(*(np.asarray(x, float) for x in (actual, expected))) < 6e-3
 
 
 def bfloat16_config():

@@ -133,6 +133,14 @@ def test_causal_attention_is_a_loop_over_heads(groups):
         assert_close(actual[b, :, h], expected)
 
 
+def test_causal_attention_within_segments_is_that_of_each_alone():
+    q, k, v = (normal(1, 5, heads, 6, seed=heads) for heads in (4, 2, 2))
+    kernel = attention.AttentionKernel.EINSUM
+    actual = CAUSAL_ATTENTION(q, k, v, kernel, np.array([[3, 3, 5, 5, 5]]))
+    for part in (np.s_[:, :2], np.s_[:, 2:]):
+        assert_close(actual[part], CAUSAL_ATTENTION(q[part], k[part], v[part], kernel))
+
+
 def test_attention_module_is_projections_around_a_loop_over_heads():
     make = lambda: attention.Attention(  # noqa: E731
         d_model=8, num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=100.0,
