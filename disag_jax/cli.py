@@ -6,9 +6,10 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from disag_jax.config import Config, ConfigError
+from disag_jax.config import Config
+from disag_jax.errors import ConfigError, RunError
 
-USER_ERROR = 2
+USER_ERROR, RUN_ERROR = 2, 1
 
 
 def define_config_flag():
@@ -19,7 +20,9 @@ def define_config_flag():
 
 
 def run(main, arguments: str | None = None):
-    """Runs `main()` after parsing flags; a user's mistake ends it with one sentence and code 2.
+    """Runs `main()` after parsing flags.
+
+    A user's mistake ends it with one sentence and code 2, a run that cannot go on with code 1.
 
     arguments: what the arguments that are not flags name, such as "directory"; `main` is then
       called with them, one or more.
@@ -36,6 +39,8 @@ def run(main, arguments: str | None = None):
             main(*argv[1:])
         except ConfigError as error:
             _fail(str(error))
+        except RunError as error:
+            _fail(str(error), RUN_ERROR)
 
     app.run(guarded, flags_parser=_parse)
 
@@ -52,6 +57,8 @@ def _parse(argv):
         return rest
     except flags.Error as error:
         _fail(str(error))
+    except SyntaxError as error:
+        _fail(f"--config = {error.filename!r} must be valid Python: {error}")
     except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         _fail(str(error.args[0]) if error.args else repr(error))
 
@@ -64,6 +71,8 @@ def _refuse_unknown_fields(argv):
             continue
         section = Config
         for name in path.split(".")[1:]:
+            if not dataclasses.is_dataclass(section):
+                _fail(f"{path} = {value!r} must name a field; the one before .{name} has none")
             fields = {field.name: field.type for field in dataclasses.fields(section)}
             if name not in fields:
                 known = ", ".join(fields)
@@ -71,6 +80,6 @@ def _refuse_unknown_fields(argv):
             section = fields[name]
 
 
-def _fail(sentence: str):
+def _fail(sentence: str, code: int = USER_ERROR):
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
-    sys.exit(USER_ERROR)
+    sys.exit(code)

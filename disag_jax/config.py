@@ -10,9 +10,7 @@ import enum
 import functools
 import math
 
-
-class ConfigError(ValueError):
-    """A mistake of the user's: one sentence naming the field, its value and the rule it breaks."""
+from disag_jax.errors import ConfigError
 
 
 class RouterScore(enum.StrEnum):

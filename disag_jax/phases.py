@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from disag_jax.batches import Batch
+from disag_jax.conditional import update_if
 from disag_jax.dispatch import combine, combine_cotangent, cotangent_template, message_template
 from disag_jax.geometry import Geometry
 from disag_jax.model import POST_NORM
@@ -126,8 +126,8 @@ class Phases:
                 return self._expert_forward(inbox, entry, stash, stats)
 
         state = (jnp.zeros_like(inbox), stash, stats)
-        state = _update_if(self._plays(entry, Role.ATTENTION), attention, *state)
-        return _update_if(self._plays(entry, Role.EXPERT), experts, *state)
+        state = update_if(self._plays(entry, Role.ATTENTION), attention, *state)
+        return update_if(self._plays(entry, Role.EXPERT), experts, *state)
 
     def backward(self, inbox, entry: Entry, stash, grads: Grads):
         """Runs this worker's backward unit: returns (outbox, grads)."""
@@ -140,14 +140,14 @@ class Phases:
             with jax.named_scope("expert_backward"):
                 return self._expert_backward(inbox, entry, stash, rows, post_norm)
 
-        outbox, rows, embedding = _update_if(
+        outbox, rows, embedding = update_if(
             self._plays(entry, Role.ATTENTION),
             attention,
             jnp.zeros_like(inbox),
             grads.rows,
             grads.embedding,
         )
-        outbox, rows, post_norm = _update_if(
+        outbox, rows, post_norm = update_if(
             self._plays(entry, Role.EXPERT), experts, outbox, rows, grads.post_norm
         )
         return outbox, grads._replace(rows=rows, embedding=embedding, post_norm=post_norm)
@@ -164,7 +164,7 @@ class Phases:
             with jax.named_scope("loss"):
                 return self._loss_backward(inbox, micro_batch, outbox, head, nll)
 
-        outbox, head, nll = _update_if(micro_batch != IDLE, due, outbox, grads.head, stats.nll)
+        outbox, head, nll = update_if(micro_batch != IDLE, due, outbox, grads.head, stats.nll)
         return outbox, grads._replace(head=head), stats._replace(nll=nll)
 
     def loss_forward(self, inbox, micro_batch, stats: Stats) -> Stats:
@@ -176,7 +176,7 @@ class Phases:
             labels_T = self.labels_KT[micro_batch]
             return (nll + self.shared_loss.loss(self.weights.head, h_TD, labels_T),)
 
-        (nll,) = _update_if(micro_batch != IDLE, due, stats.nll)
+        (nll,) = update_if(micro_batch != IDLE, due, stats.nll)
         return stats._replace(nll=nll)
 
     def zero_stats(self) -> Stats:
@@ -264,7 +264,7 @@ class Phases:
         def add(sums):
             return (sums.at[tokens_T].add(dh_TD.astype(sums.dtype)),)
 
-        return _update_if(self._is_first_layer(entry), add, embedding)[0]
+        return update_if(self._is_first_layer(entry), add, embedding)[0]
 
     def _expert_backward(self, inbox, entry, stash, rows, post_norm):
         g = self.geometry
@@ -295,15 +295,6 @@ class Phases:
         sent = self.cotangent.encode(combine_cotangent(g, dh_TD, message.origin))
         is_owner = self.me.is_attention & (self.me.stage == self.shared_loss.owner_stage)
         return jnp.where(is_owner, sent, outbox), head, nll + share
-
-
-def _update_if(predicate, update, *state):
-    """`update(*state)` where the predicate holds, else `state`: a conditional that works in place.
-
-    XLA passes state through a conditional without copying it only if there are two branches and
-    one of them leaves it as it is; a switch over the roles would copy all gradients every period.
-    """
-    return lax.cond(predicate, lambda *state: tuple(update(*state)), lambda *state: state, *state)
 
 
 def _add_routing(stats: Stats, entry: Entry, routing: RoutingStats) -> Stats:

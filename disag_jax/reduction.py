@@ -108,18 +108,16 @@ def _sum_shared_rows(geometry: Geometry, layouts: Layouts, grads: Grads):
         axis_index_groups=placement.role_groups(),
     )
 
-    def put(columns):
-        result, offset = rows, 0
-        for c in columns:
-            size = c.stop - c.start
-            result = result.at[:, c].set(sums[:, offset : offset + size])
-            offset += size
-        return result
-
-    rows = jnp.where(me.is_attention, put(shared[True]), put(shared[False]))
     post_norm = lax.psum(grads.post_norm, WORKER, axis_index_groups=placement.stage_groups())
-    columns = layouts.attention.columns(POST_NORM)
-    rows = rows.at[:, columns].add(jnp.where(me.is_attention, post_norm, 0))
+    norm = layouts.attention.columns(POST_NORM)
+    sums = sums.at[:, norm].add(jnp.where(me.is_attention, post_norm, 0))
+    # Column by column range, each worker keeping what is its own: so the rows change in place.
+    for is_mine, columns in ((me.is_attention, shared[True]), (~me.is_attention, shared[False])):
+        offset = 0
+        for c in columns:
+            summed = sums[:, offset : offset + c.stop - c.start]
+            rows = rows.at[:, c].set(jnp.where(is_mine, summed, rows[:, c]))
+            offset += c.stop - c.start
     return lax.psum(rows, REPLICA) if placement.replicas > 1 else rows
 
 

@@ -11,10 +11,12 @@ from jax.sharding import NamedSharding
 from disag_jax import optimizer as optimizer_lib
 from disag_jax.batches import Batch, Batches
 from disag_jax.config import Config
+from disag_jax.errors import RunError
 from disag_jax.geometry import Bucket, buckets, make_geometry
 from disag_jax.pipeline import PER_WORKER, evaluation_program, gradient_program
 from disag_jax.profiling import Stopwatch
 from disag_jax.schedule import make_forward_schedule, make_schedule
+from disag_jax.schedule_check import check
 from disag_jax.state import StateManager, TrainState
 from mesh.placement import Meshes
 from mesh.roles import Role
@@ -23,7 +25,7 @@ from mesh.roles import Role
 BUCKET_MEMORY = 20
 
 
-class NonFiniteLossError(ArithmeticError):
+class NonFiniteLossError(RunError):
     """The loss or the gradient norm of a step is not a finite number; the state is unchanged."""
 
 
@@ -72,6 +74,7 @@ class Stepper:
         self.learning_rate = optimizer_lib.learning_rate(config)
         sizes = (config.model.num_layers, config.split.stages, config.batch.micro_batches)
         self.schedule = make_schedule(*sizes, config.split.hop)
+        check(self.schedule)
         self._forward_schedule = make_forward_schedule(*sizes, config.split.hop)
         self.chooser = BucketChooser(buckets(config))
         self._gradient_programs, self._evaluation_programs = {}, {}
@@ -100,7 +103,8 @@ class Stepper:
         norm = float(metrics["gradient_norm"])
         if not (math.isfinite(metrics["total_loss"]) and math.isfinite(norm)):
             raise NonFiniteLossError(
-                f"step {state.step}: loss = {metrics['total_loss']}, gradient norm = {norm}"
+                f"step {state.step + 1}: loss = {metrics['total_loss']} and gradient norm = {norm} "
+                "must be finite; the state is that of the step before"
             )
         rate = float(self.learning_rate(state.step))
         factor = optimizer_lib.clip_factor(self.config, norm)

@@ -53,8 +53,9 @@ def train(
     """Runs the experiment and returns the last evaluation's results.
 
     Results go to `workdir`: config.json, metrics.jsonl, checkpoints/. With `resume` it goes on from
-    the checkpoint there of `step`, or from the last. Raises ConfigError for the user's mistakes,
-    before anything is compiled, and NonFiniteLossError when training diverges.
+    the checkpoint there of `step`, or from the last, or begins again if there is none yet. Raises
+    ConfigError for the user's mistakes, before anything is compiled, and NonFiniteLossError when
+    training diverges.
     """
     config.validate()
     if config.run.compute_dtype is Dtype.FLOAT64:
@@ -71,7 +72,10 @@ def train(
         keep_last=config.run.keep_checkpoints,
         keep_every=config.run.keep_checkpoint_every,
     )
-    state = checkpoints.restore(step)[0] if resume else stepper.init(config.run.seed)
+    if resume and (step is not None or checkpoints.steps()):
+        state = checkpoints.restore(step)[0]
+    else:
+        state = stepper.init(config.run.seed)
     steps = range(state.step, config.run.num_steps)
     outputs = Outputs(
         display=make_display(config),

@@ -26,22 +26,25 @@ class Workdir:
         A new run wants a directory without another run in it; a resumed one wants the directory of
         the same experiment. ConfigError otherwise, or if it cannot be written.
         """
-        path, used = str(self.path), self.config.exists()
-        if used and not resume:
+        path = str(self.path)
+        try:
+            traces = [p for p in (self.config, self.metrics, self.checkpoints) if p.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        if traces and not resume:
             raise ConfigError(
-                f"workdir = {path!r} must be new: it holds another run (--resume goes on with it)"
+                f"workdir = {path!r} must be new: it holds another run's {traces[0].name} "
+                "(--resume goes on with it)"
             )
-        if resume and not used:
+        if resume and not self.config.exists():
             raise ConfigError(f"workdir = {path!r} must hold a run to resume")
-        if used:
+        if resume:
             self._check_same_run(config)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self.config.write_text(json.dumps(dataclasses.asdict(config), indent=2))
         except OSError as error:
-            raise ConfigError(
-                f"workdir = {path!r} must be a writable directory: {error.strerror}"
-            ) from error
+            raise _unwritable(path, error) from error
 
     def read_config(self) -> Config:
         """The config of the run that the directory holds; ConfigError if there is no such run."""
@@ -71,6 +74,10 @@ class Workdir:
                 f"batch.micro_batches = {now.batch.micro_batches} must make steps of "
                 f"{before.sequences_per_step} sequences, not {now.sequences_per_step}, {run}"
             )
+
+
+def _unwritable(path: str, error: OSError) -> ConfigError:
+    return ConfigError(f"workdir = {path!r} must be a writable directory: {error.strerror}")
 
 
 def config_from_dict(values: dict) -> Config:

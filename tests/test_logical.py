@@ -26,6 +26,7 @@ def configs(draw) -> Config:
             num_layers=num_layers,
             num_experts=draw(st.integers(num_workers, 11)),
             top_k=1,
+            normalize_gates=False,
             vocab_size=draw(st.integers(1, 60)),
         ),
         split=SplitConfig(

@@ -85,7 +85,7 @@ def test_nan_loss_stops_the_run_and_says_the_step(small_run, monkeypatch):
         )
 
     monkeypatch.setattr(Stepper, "init", broken_init)
-    with pytest.raises(NonFiniteLossError, match="step 0: loss = nan"):
+    with pytest.raises(NonFiniteLossError, match="step 1: loss = nan"):
         training.train(config, workdir)
 
 
@@ -126,7 +126,9 @@ def test_used_workdir(small_run):
     config, workdir = small_run
     pathlib.Path(workdir).mkdir()
     (pathlib.Path(workdir) / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"workdir = .* must be new: it holds another run"):
+    with pytest.raises(
+        ConfigError, match=r"workdir = .* must be new: it holds another run's config.json"
+    ):
         training.train(config, workdir)
 
 

@@ -1,0 +1,9 @@
+"""The two ways in which a command ends without a traceback."""
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: one sentence naming the field, its value and the rule it breaks."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, through no mistake in its config: one sentence."""
