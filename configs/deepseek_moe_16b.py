@@ -7,7 +7,7 @@ arithmetic of its attention at 4,096 tokens per sequence. 524,288 tokens per ste
 
 By its shapes an expert worker keeps 30 GiB for the whole run in the largest transport bucket, and
 needs room for a unit's work beside it. Only traced for its 16 devices (tests/test_lowering.py),
-never run: one process must see all devices, for train.py does not join several hosts yet.
+never run.
 Unlike the original (Dai et al., "DeepSeekMoE"):
 
   - The first layer's feed-forward part is dense there (width 10,944); here every layer has experts.

@@ -8,7 +8,7 @@ experts are 98% of the weights. 1,048,576 tokens per step.
 
 By its shapes an expert worker keeps 64 GiB for the whole run in the largest transport bucket, and
 needs room for a unit's work beside it. Only traced for its 64 devices (tests/test_lowering.py),
-never run: one process must see all devices, for train.py does not join several hosts yet.
+never run.
 Unlike the original, whose model code is public and whose training is not:
 
   - Every second layer attends to the last 128 tokens only there; here every layer to all.

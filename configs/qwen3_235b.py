@@ -10,7 +10,7 @@ of 80 GB, with attention as the slower half and a third of the tokens per step:
 
 By its shapes an expert worker keeps 78 GiB for the whole run in the largest transport bucket, and
 needs room for a unit's work beside it. Only traced for its 128 devices (tests/test_lowering.py),
-never run: one process must see all devices, for train.py does not join several hosts yet.
+never run.
 Unlike the original ("Qwen3 Technical Report" and the published configuration):
 
   - Queries and keys are normalised per head before RoPE there.

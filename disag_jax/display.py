@@ -13,6 +13,9 @@ from disag_jax.config import Config
 # Leaves room for the numbers in a terminal of 80 columns.
 BAR_WIDTH = 12
 
+# More layers than this do not fit a line.
+LISTED_LAYERS = 8
+
 
 class Display:
     """Shows nothing, which is right for every process but the first; also the interface."""
@@ -91,17 +94,15 @@ def make_display(config: Config) -> Display:
 
 
 def line(record: dict, num_steps: int) -> str:
-    """A log record as one line. Of the layers' loads it says the worst, of their costs the mean."""
+    """A log record as one line."""
     parts = [
         f"step {record['step']:>5}/{num_steps}",
         f"loss {record['loss']:.4f}",
         f"grad norm {record['gradient_norm']:.3f}",
         *_speed(record),
         _seconds(record),
-        f"load max/mean {_load(record):.2f} in layer {np.argmax(record['expert_load'])}",
+        *_layers(record),
         f"imbalance cost {np.mean(record['imbalance_cost']):.0%}",
-        f"dead experts {sum(record['dead_experts'])}",
-        f"dropped {sum(record['dropped_pairs'])}",
     ]
     if "compile_seconds" in record:
         parts.append(f"compiling {record['compile_seconds']:.0f} s")
@@ -124,6 +125,21 @@ def _seconds(record: dict) -> str:
     names = {"pipeline": "pipeline", "update": "update", "input_wait": "input", "host": "host"}
     parts = ", ".join(f"{name} {record[f'{part}_seconds']:.3f}" for part, name in names.items())
     return f"{record['step_seconds']:.3f} s a step ({parts})"
+
+
+def _layers(record: dict) -> list[str]:
+    """Expert load, dead experts and dropped pairs: of each layer, or of the worst of many."""
+    loads, dead, dropped = (
+        record[name] for name in ("expert_load", "dead_experts", "dropped_pairs")
+    )
+    if len(loads) > LISTED_LAYERS:
+        load = f"load max/mean {max(loads):.2f} in layer {np.argmax(loads)}"
+        return [load, f"dead experts {sum(dead)}", f"dropped {sum(dropped)}"]
+    return [
+        "load max/mean by layer " + " ".join(f"{load:.2f}" for load in loads),
+        "dead experts " + " ".join(map(str, dead)),
+        "dropped " + " ".join(map(str, dropped)),
+    ]
 
 
 def _load(record: dict) -> float:

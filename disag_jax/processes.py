@@ -13,10 +13,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from disag_jax.config import Config, ConfigError
+from disag_jax.batches import Batches
+from disag_jax.config import Config
+from disag_jax.errors import ConfigError, RunError
 
 # A sentence for the other processes, in bytes; longer ones are cut.
 SENTENCE_BYTES = 1024
+UNFORESEEN = "process 0 failed; its own message says why"
 
 
 def join(
@@ -53,19 +56,28 @@ def is_first() -> bool:
 
 
 def on_first(action):
-    """Runs `action()` on the first process; its ConfigError is raised on all of them alike."""
-    sentence = ""
+    """Runs `action()` on the first process; its ConfigError is raised on all of them alike.
+
+    Any other exception goes on where it was raised, and the other processes end with a RunError.
+    """
+    sentence, failure = "", None
     if is_first():
         try:
             action()
         except ConfigError as error:
             sentence = str(error)
+        except Exception as error:
+            sentence, failure = UNFORESEEN, error
     if jax.process_count() > 1:
         encoded = np.zeros(SENTENCE_BYTES, np.uint8)
         text = sentence.encode()[:SENTENCE_BYTES]
         encoded[: len(text)] = np.frombuffer(text, np.uint8)
         received = np.asarray(multihost_utils.broadcast_one_to_all(encoded))
         sentence = received.tobytes().rstrip(b"\0").decode(errors="ignore")
+    if failure is not None:
+        raise failure
+    if sentence == UNFORESEEN:
+        raise RunError(sentence)
     if sentence:
         raise ConfigError(sentence)
 
@@ -74,13 +86,29 @@ def check_same_config(config: Config):
     """Raises ConfigError on every process if their configs differ, naming the first field."""
     if jax.process_count() == 1:
         return
-    fields = list(_flatten("config", dataclasses.asdict(config)))
-    digests = np.array([zlib.crc32(repr(value).encode()) for _, value in fields], np.uint32)
+    _check_same(_flatten("config", dataclasses.asdict(config)))
+
+
+def check_same_text(batches: Batches):
+    """Raises ConfigError on every process if they read different text or token files.
+
+    The first batch stands for all of it: it is drawn from everywhere.
+    """
+    if jax.process_count() > 1:
+        first = batches.step(0)
+        digest = zlib.crc32(first.labels.tobytes(), zlib.crc32(first.tokens.tobytes()))
+        _check_same([("the first batch read from data", f"digest {digest:08x}")])
+
+
+def _check_same(named):
+    """Raises ConfigError on every process if one of the (name, value) pairs differs."""
+    named = list(named)
+    digests = np.array([zlib.crc32(repr(value).encode()) for _, value in named], np.uint32)
     everyone = np.asarray(multihost_utils.process_allgather(digests))
     differs = np.argwhere(everyone != everyone[0])
     if differs.size:
-        process, field = differs[0]
-        name, value = fields[field]
+        process, number = differs[0]
+        name, value = named[number]
         raise ConfigError(
             f"{name} = {value!r} (in process {jax.process_index()}) must be the same in all "
             f"processes: process {process} has another value than process 0"

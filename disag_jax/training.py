@@ -63,6 +63,7 @@ def train(
     processes.check_same_config(config)
     meshes = make_meshes(config)
     inputs = load_inputs(config)
+    processes.check_same_text(inputs.train)
     directory = Workdir(workdir)
     processes.on_first(lambda: directory.open(config, resume=resume))
     stepper = Stepper(config, meshes)

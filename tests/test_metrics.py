@@ -175,12 +175,19 @@ def test_line_of_a_record():
     record = make_record(step_metrics([EVEN, UNEVEN], reruns=2)) | {"mfu": 0.251}
     shown = display.line(record, num_steps=20)
     for fact in (
-        "step     1/20", "loss 1.0000", "grad norm 1.000", "MFU 25.1%", "dead experts 4",
+        "step     1/20", "loss 1.0000", "grad norm 1.000", "MFU 25.1%", "dead experts 0 4",
         "2.000 s a step (pipeline 1.500, update 0.300, input 0.100, host 0.100)", "re-runs 2",
-        "load max/mean 3.00 in layer 1",
+        "load max/mean by layer 1.00 3.00",
     ):  # fmt: skip
         assert fact in shown
     assert "\n" not in shown
+
+
+def test_line_of_many_layers_names_the_worst():
+    record = make_record(step_metrics([EVEN, UNEVEN]))
+    per_layer = ("expert_load", "dead_experts", "dropped_pairs")
+    shown = display.line(record | {name: record[name] * 10 for name in per_layer}, num_steps=20)
+    assert "load max/mean 3.00 in layer 1  dead experts 40" in shown
 
 
 def test_plain_lines_elsewhere_than_in_a_terminal(capsys):
