@@ -34,7 +34,7 @@ def get_config() -> Config:
             z_loss_weight=1e-4,
         ),
         split=SplitConfig(stages=2, attention_workers=1, expert_workers=3),
-        batch=BatchConfig(sequence_length=128, tokens_per_worker=512, micro_batches=4),
+        batch=BatchConfig(sequence_length=128, tokens_per_worker=256, micro_batches=8),
         optimizer=OptimizerConfig(
             peak_learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=20
         ),

@@ -1,7 +1,8 @@
 """Collectives at the two ends of the pipeline program: sharing weights, summing gradients.
 
-Groups are of three kinds, and no two partitions of the mesh share a group of several devices (on
-GPUs that is an error): the workers of a role in a stage, the workers of a stage, all devices.
+Groups are of four kinds, and no two partitions of the mesh share a group of several devices (on
+GPUs that is an error): the workers of a role in a stage, the workers of a stage, the replicas of a
+worker, all devices.
 """
 
 import math

@@ -1,0 +1,98 @@
+"""Times the grouped matrix product on a Hopper GPU, beside torch's where torch is installed.
+
+  python -m benchmarks.grouped_matmul
+
+Rows are routed at random to 64 experts, evenly or skewed; widths are the balanced shape's. Prints
+the time and the rate of each product, counting the real rows only.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.grouped_matmul import order_by_expert, sorted_rows, tile_rows
+from layers.grouped_matmul_hopper import rows_times_weights, weight_gradient
+
+EXPERTS, D_MODEL, WIDTH = 64, 2048, 1408
+REPEATS = 20
+
+
+def route(num_rows: int, skew: float):
+    """Expert ids [num_rows] in which the most popular expert is e^skew times the least popular."""
+    weight = np.exp(-skew * np.arange(EXPERTS) / EXPERTS)
+    return np.random.default_rng(0).choice(EXPERTS, num_rows, p=weight / weight.sum())
+
+
+def seconds(function, *operands) -> float:
+    """Mean time of a call, after warm-up, with the device kept busy."""
+    for _ in range(3):
+        jax.block_until_ready(function(*operands))
+    began = time.perf_counter()
+    for _ in range(REPEATS):
+        result = function(*operands)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - began) / REPEATS
+
+
+def measure(num_rows: int, skew: float):
+    """Prints a line for each product of one routing."""
+    ids = route(num_rows, skew)
+    num_sorted = sorted_rows(num_rows, EXPERTS, tile_rows())
+    order, _ = order_by_expert(
+        jnp.asarray(ids, jnp.int32)[:, None], EXPERTS, num_sorted, tile_rows()
+    )
+    keys = jax.random.split(jax.random.key(0), 3)
+    real = order.pair[:, None] >= 0
+    x = jnp.where(real, jax.random.normal(keys[0], (num_sorted, D_MODEL), jnp.bfloat16), 0)
+    dy = jnp.where(real, jax.random.normal(keys[1], (num_sorted, WIDTH), jnp.bfloat16), 0)
+    w = jax.random.normal(keys[2], (EXPERTS, D_MODEL, WIDTH), jnp.bfloat16)
+    products = {
+        "x w": (lambda x, w, t: rows_times_weights(x, w, t, transpose=False), x, w),
+        "dy w^T": (lambda dy, w, t: rows_times_weights(dy, w, t, transpose=True), dy, w),
+        "x^T dy": (lambda x, dy, t: weight_gradient(x, dy, t, EXPERTS, jnp.bfloat16), x, dy),
+    }
+    counts = np.bincount(ids, minlength=EXPERTS)
+    load = counts.max() / counts.mean()
+    work = 2 * num_rows * D_MODEL * WIDTH
+    for name, (product, *operands) in products.items():
+        took = seconds(jax.jit(product), *operands, order.tile_expert)
+        _report(f"{name:8}", num_rows, load, took, work)
+    _measure_torch(num_rows, counts, load, work)
+
+
+def _measure_torch(num_rows: int, counts, load: float, work: float):
+    try:
+        import torch
+    except ImportError:
+        return
+    ends = torch.tensor(np.cumsum(counts), dtype=torch.int32, device="cuda")
+    x = torch.randn(num_rows, D_MODEL, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(EXPERTS, D_MODEL, WIDTH, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        torch._grouped_mm(x, w, offs=ends)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(REPEATS):
+        torch._grouped_mm(x, w, offs=ends)
+    torch.cuda.synchronize()
+    _report("torch x w", num_rows, load, (time.perf_counter() - began) / REPEATS, work)
+
+
+def _report(name: str, num_rows: int, load: float, took: float, work: float):
+    print(
+        f"{name:10} {num_rows:7,} rows, max/mean load {load:.2f}: {1e3 * took:6.3f} ms, "
+        f"{work / took / 1e12:4.0f} TFLOP/s",
+        flush=True,
+    )
+
+
+def main():
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    for num_rows, skew in ((98_304, 0.0), (98_304, 2.0), (65_536, 0.0), (32_768, 0.0)):
+        measure(num_rows, skew)
+
+
+if __name__ == "__main__":
+    main()
