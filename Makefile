@@ -4,13 +4,16 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/tiny-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test lint
+.PHONY: train test test-slow lint
 
 train: $(VENV)/installed
 	$(VENV)/bin/python train.py --config configs/tiny.py --cpu_devices 8 --workdir $(WORKDIR)
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q
+
+test-slow: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -q -m slow
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -126,7 +126,10 @@ def alone(config_file, tmp_path_factory):
 
 
 @pytest.mark.timeout(2 * TIMEOUT_SECONDS)
-@pytest.mark.parametrize("num_processes, arguments", [(2, MIXED), (4, MIXED), (2, ONE_ROLE_EACH)])
+@pytest.mark.parametrize(
+    "num_processes, arguments",
+    [(2, MIXED), (2, ONE_ROLE_EACH), pytest.param(4, MIXED, marks=pytest.mark.slow)],
+)
 def test_losses_do_not_depend_on_the_processes(
     config_file, alone, tmp_path, num_processes, arguments
 ):
