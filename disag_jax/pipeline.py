@@ -161,26 +161,15 @@ def gradient_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
 
     def training_pipeline(rows, vocabulary, router_bias, batch):
         weights = gather_weights(geometry, rows, vocabulary, router_bias)
-        batch = jax.tree.map(lambda leaf: leaf[0], batch)
-        num_labels, loss_scale, aux_scales = _scales(geometry, batch)
-        phases = Phases(geometry, schedule).bind(weights, batch, aux_scales, loss_scale)
-        carry = Loop(phases, schedule).run(with_gradients=True)
+        phases, carry, metrics = _run(geometry, schedule, weights, batch, with_gradients=True)
         row_grads, vocabulary_grads, norms = reduce_grads(geometry, phases.layouts, carry.grads)
-        metrics = reduce_stats(geometry, carry.stats, num_labels, aux_scales) | norms
         bias = router_bias
         if model.bias_update_rate:
             bias = updated_bias(bias, metrics["expert_counts"], model.bias_update_rate)
-        return row_grads, vocabulary_grads, bias, metrics
+        return row_grads, vocabulary_grads, bias, metrics | norms
 
-    return jax.jit(
-        jax.shard_map(
-            training_pipeline,
-            mesh=meshes.union,
-            in_specs=(PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, PER_WORKER),
-            out_specs=(PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, EVERYWHERE),
-            check_vma=False,
-        )
-    )
+    outputs = (PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, EVERYWHERE)
+    return _jit_on_union(training_pipeline, meshes, outputs)
 
 
 def evaluation_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
@@ -188,18 +177,29 @@ def evaluation_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
 
     def evaluation_pipeline(rows, vocabulary, router_bias, batch):
         weights = gather_weights(geometry, rows, vocabulary, router_bias)
-        batch = jax.tree.map(lambda leaf: leaf[0], batch)
-        num_labels, loss_scale, aux_scales = _scales(geometry, batch)
-        phases = Phases(geometry, schedule).bind(weights, batch, aux_scales, loss_scale)
-        carry = Loop(phases, schedule).run(with_gradients=False)
-        return reduce_stats(geometry, carry.stats, num_labels, aux_scales)
+        return _run(geometry, schedule, weights, batch, with_gradients=False)[-1]
 
+    return _jit_on_union(evaluation_pipeline, meshes, EVERYWHERE)
+
+
+def _run(geometry: Geometry, schedule: Schedule, weights, batch: Batch, *, with_gradients: bool):
+    """Runs the loop on this worker's shard of the batch: (Phases, Carry, the step's metrics)."""
+    batch = jax.tree.map(lambda leaf: leaf[0], batch)
+    num_labels, loss_scale, aux_scales = _scales(geometry, batch)
+    phases = Phases(geometry, schedule).bind(weights, batch, aux_scales, loss_scale)
+    carry = Loop(phases, schedule).run(with_gradients=with_gradients)
+    return phases, carry, reduce_stats(geometry, carry.stats, num_labels, aux_scales)
+
+
+def _jit_on_union(pipeline, meshes: Meshes, out_specs):
+    """A pipeline as a jitted program of all workers, from its arguments' places to its outputs'."""
+    in_specs = (PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, PER_WORKER)
     return jax.jit(
         jax.shard_map(
-            evaluation_pipeline,
+            pipeline,
             mesh=meshes.union,
-            in_specs=(PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, PER_WORKER),
-            out_specs=EVERYWHERE,
+            in_specs=in_specs,
+            out_specs=out_specs,
             check_vma=False,
         )
     )
