@@ -10,7 +10,7 @@ train: $(VENV)/installed
 	$(VENV)/bin/python train.py --config configs/tiny.py --cpu_devices 8 --workdir $(WORKDIR)
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q -m slow

@@ -28,6 +28,9 @@ CPU_DEVICES = flags.DEFINE_integer(
     "simulate this many devices on the CPU; 0 takes the accelerators",
     lower_bound=0,
 )
+DETERMINISTIC = flags.DEFINE_bool(
+    "deterministic", False, "bitwise equal results of equal runs on GPUs too, at some speed"
+)
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0, for several processes without SLURM or MPI"
 )
@@ -36,8 +39,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, fr
 
 
 def main():
-    if CPU_DEVICES.value:
-        runtime.simulate_cpu_devices(CPU_DEVICES.value)
+    runtime.start(CPU_DEVICES.value, DETERMINISTIC.value)
     # JAX reads its environment when it starts: import what uses it only now.
     from disag_jax import processes, profiling, training
 

@@ -20,6 +20,13 @@ class RouterScore(enum.StrEnum):
     SIGMOID = "sigmoid"
 
 
+class PlacementKind(enum.StrEnum):
+    """Which devices attention and experts live on."""
+
+    DISAGGREGATED = "disaggregated"
+    COLOCATED = "colocated"
+
+
 class Dtype(enum.StrEnum):
     """Type of the weights and activations that the units compute with."""
 
@@ -74,11 +81,14 @@ class SplitConfig:
     Attributes:
       replicas: D, data-parallel copies of the whole pipeline.
       stages: p, groups per role; stage g holds layers g, g+p, g+2p, ...
-      attention_workers: M, devices per attention stage; each holds its own tokens.
-      expert_workers: N, devices per expert stage; each holds its own experts.
+      attention_workers: M, devices per attention stage; each holds its own tokens. Co-located, all
+        devices of a stage.
+      expert_workers: N, devices per expert stage; each holds its own experts. Co-located, the M
+        devices form M / N groups that each hold all experts of the stage.
       hop: periods from a message's making to its use (1, or 2 for slower networks).
       bucket_factors: row capacities of the transport, as multiples of the expected load. The worst
         case always follows the last one. A step that overflows a bucket is run again in the next.
+      placement: attention and experts on devices of their own, or (the twin) both on each device.
     """
 
     replicas: int = 1
@@ -87,20 +97,17 @@ class SplitConfig:
     expert_workers: int = 1
     hop: int = 1
     bucket_factors: tuple[float, ...] = (1.25, 2.0)
+    placement: PlacementKind = PlacementKind.DISAGGREGATED
 
     @property
-    def workers(self) -> int:
-        """Workers of one pipeline, p(M+N)."""
-        return self.stages * (self.attention_workers + self.expert_workers)
+    def colocated(self) -> bool:
+        return self.placement is PlacementKind.COLOCATED
 
     @property
     def num_devices(self) -> int:
-        return self.replicas * self.workers
-
-    @property
-    def rounds(self) -> int:
-        """R, slots of a message and rounds of a transfer."""
-        return max(self.attention_workers, self.expert_workers)
+        """D p (M + N), or D p M co-located."""
+        experts = 0 if self.colocated else self.expert_workers
+        return self.replicas * self.stages * (self.attention_workers + experts)
 
 
 @dataclasses.dataclass
@@ -261,6 +268,19 @@ class Config:
             "split.expert_workers",
             split.expert_workers,
             f"at most model.num_experts ({model.num_experts}), so that each holds an expert",
+        )
+        _require(
+            not split.colocated or split.attention_workers % split.expert_workers == 0,
+            "split.expert_workers",
+            split.expert_workers,
+            f"a divisor of split.attention_workers ({split.attention_workers}) with "
+            "split.placement = colocated, where groups of that many devices share the experts",
+        )
+        _require(
+            not split.colocated or split.hop == 1,
+            "split.hop",
+            split.hop,
+            "1 with split.placement = colocated",
         )
         _require(
             split.stages <= model.num_layers,

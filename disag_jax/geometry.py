@@ -32,8 +32,8 @@ class Geometry:
 
     The letters are the ones used as shape suffixes: T tokens of an attention worker, S sequence
     length, D model width, E experts, K choices per token, F copies of a token at most (fan-out),
-    R message slots, C rows per slot, M attention workers, n = M*C rows of an expert worker,
-    P expert-sorted rows, v layer rows per worker.
+    R message slots, C rows per slot, M attention workers that an expert worker hears from, n = M*C
+    rows of an expert worker, P expert-sorted rows, v layer rows per worker.
     """
 
     config: Config
@@ -76,7 +76,7 @@ class Geometry:
 
     @property
     def M(self) -> int:
-        return self.placement.attention_workers
+        return self.placement.senders
 
     @property
     def P(self) -> int:
@@ -104,7 +104,13 @@ class Geometry:
 def placement_of(config: Config) -> Placement:
     """The placement that `config.split` describes."""
     split = config.split
-    return Placement(split.replicas, split.stages, split.attention_workers, split.expert_workers)
+    return Placement(
+        replicas=split.replicas,
+        stages=split.stages,
+        attention_workers=split.attention_workers,
+        expert_workers=split.expert_workers,
+        colocated=split.colocated,
+    )
 
 
 def make_geometry(config: Config, bucket: Bucket | None = None) -> Geometry:
@@ -123,7 +129,7 @@ def buckets(config: Config) -> list[Bucket]:
     model, tokens = config.model, config.batch.tokens_per_worker
     num_workers = config.split.expert_workers
     held = ExpertPlaces(model.num_experts, num_workers).per_worker
-    total_tokens = config.split.attention_workers * tokens
+    total_tokens = placement_of(config).senders * tokens
     # One chance in how many subsets of top_k experts that a token needs none of this worker's.
     missed = math.comb(model.num_experts - held, model.top_k)
     expected_rows = tokens * (1 - missed / math.comb(model.num_experts, model.top_k))

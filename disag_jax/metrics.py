@@ -126,7 +126,7 @@ def imbalance_cost(counts_LE, places: ExpertPlaces):
 def peak_memory(meshes: Meshes) -> dict[str, float]:
     """The most GiB held so far by each worker of this process; empty if the backend keeps no count.
 
-    Workers are called "replica0_stage1_expert2".
+    Workers are called "replica0_stage1_expert2", co-located "replica0_stage1_worker2".
     """
     found = {}
     for replica, devices in enumerate(meshes.union.devices):
@@ -134,8 +134,7 @@ def peak_memory(meshes: Meshes) -> dict[str, float]:
             is_here = device.process_index == jax.process_index()
             stats = device.memory_stats() if is_here else None
             if stats and "peak_bytes_in_use" in stats:
-                stage, role, rank = meshes.placement.describe(worker)
-                name = f"replica{replica}_stage{stage}_{role.name.lower()}{rank}"
+                name = f"replica{replica}_{meshes.placement.name_of(worker)}"
                 found[name] = stats["peak_bytes_in_use"] / 2**30
     return found
 

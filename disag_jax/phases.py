@@ -1,9 +1,11 @@
-"""What one worker does in the forward and in the backward phase of a period.
+"""What one worker does in the forward and in the backward phase of a period: what all share.
 
-A phase runs the unit of the worker's role, or none. No transfer happens in a phase: messages come
-in and go out as words (mesh/wire.py) and the loop moves them.
+The units' work on a worker's weights, stash and gradient sums, and the loss. Which units a phase
+runs and what passes between them is the placement's: disag_jax/disaggregated.py and
+disag_jax/colocated.py.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -11,15 +13,14 @@ import jax.numpy as jnp
 
 from disag_jax.batches import Batch
 from disag_jax.conditional import update_if
-from disag_jax.dispatch import combine, combine_cotangent, cotangent_template, message_template
+from disag_jax.dispatch import Cotangent, Message, cotangent_template, message_template
 from disag_jax.geometry import Geometry
 from disag_jax.model import POST_NORM
 from disag_jax.schedule import IDLE, Schedule
 from disag_jax.shared_loss import SharedLoss
 from disag_jax.stash import StashPool
-from disag_jax.units import AttentionUnit, ExpertUnit, RoutingStats
+from disag_jax.units import AttentionStash, AttentionUnit, ExpertUnit, RoutingStats
 from layers.head import HeadParams
-from mesh.m2n import pick_slots, place_slots
 from mesh.packing import RowLayout
 from mesh.placement import Whoami
 from mesh.roles import Role
@@ -30,14 +31,14 @@ class Weights(NamedTuple):
     """What one worker computes with.
 
     Attributes:
-      rows: [v, P], the packed weights of the worker's role.
+      rows: [v, P], the packed weights of the worker's role; co-located a dict of both roles'.
       post_norm: [v, D], of this stage's layers, on both roles.
       embedding: [V, D].
       head: final norm and head.
       router_bias: [L, E].
     """
 
-    rows: jax.Array
+    rows: jax.Array | dict[str, jax.Array]
     post_norm: jax.Array
     embedding: jax.Array
     head: HeadParams
@@ -47,7 +48,7 @@ class Weights(NamedTuple):
 class Grads(NamedTuple):
     """Sums of gradients, as `Weights`; post_norm holds the expert units' part only."""
 
-    rows: jax.Array
+    rows: jax.Array | dict[str, jax.Array]
     post_norm: jax.Array
     embedding: jax.Array
     head: HeadParams
@@ -72,22 +73,62 @@ class Entry(NamedTuple):
     slot: jax.Array
 
 
-class Layouts(NamedTuple):
-    """How the weights of each role lie in a worker's rows; num_columns is P, for both."""
+@dataclasses.dataclass(frozen=True)
+class Layouts:
+    """How the weights of each role lie in a worker's rows.
 
-    attention: RowLayout
-    expert: RowLayout
-    num_columns: int
+    Disaggregated, rows are one array [v, P] as wide as the larger role's layout; co-located, a dict
+    with an array of each role.
+    """
+
+    by_role: dict[Role, RowLayout]
+    colocated: bool
 
     @classmethod
     def of(cls, geometry: Geometry) -> "Layouts":
-        attention = RowLayout(AttentionUnit(geometry).module.params)
-        expert = RowLayout(ExpertUnit(geometry).module.params)
-        return cls(attention, expert, max(attention.num_columns, expert.num_columns))
+        units = {Role.ATTENTION: AttentionUnit(geometry), Role.EXPERT: ExpertUnit(geometry)}
+        layouts = {role: RowLayout(unit.module.params) for role, unit in units.items()}
+        return cls(layouts, geometry.placement.colocated)
+
+    def __getitem__(self, role: Role) -> RowLayout:
+        return self.by_role[role]
+
+    def num_columns(self, role: Role) -> int:
+        """P, columns of the array that holds the role's rows."""
+        if self.colocated:
+            return self.by_role[role].num_columns
+        return max(layout.num_columns for layout in self.by_role.values())
+
+    @property
+    def worker_columns(self) -> int:
+        """Columns of all rows of one worker."""
+        widths = [self.num_columns(role) for role in Role]
+        return sum(widths) if self.colocated else widths[0]
+
+    def read(self, rows, role: Role, layer_row):
+        """The parameters of one layer (a traced index) from a worker's rows."""
+        array = rows[role.label] if self.colocated else rows
+        return self.by_role[role].read(array, layer_row)
+
+    def add(self, rows, role: Role, layer_row, tree):
+        """A worker's rows with a layer's tree added in place."""
+        if not self.colocated:
+            return self.by_role[role].add(rows, layer_row, tree)
+        return rows | {role.label: self.by_role[role].add(rows[role.label], layer_row, tree)}
 
 
 class Phases:
-    """The phases of the executing worker, for one program: static sizes plus traced weights."""
+    """The phases of the executing worker, for one program: static sizes plus traced weights.
+
+    What a placement adds:
+      transport: moves what passes from period to period.
+      empty_boxes(): (forward, backward) values of what passes, to start with.
+      forward(inbox, entry, stash, stats): runs this worker's forward work of a period; returns
+        (outbox, stash, stats).
+      backward(inbox, entry, stash, grads): the backward work; returns (outbox, grads).
+      _finished(inbox): the last hidden states [T, D] in a forward inbox.
+      _send_back(inbox, dh_TD): the backward outbox for their gradient.
+    """
 
     def __init__(self, geometry: Geometry, schedule: Schedule):
         self.geometry = geometry
@@ -100,7 +141,9 @@ class Phases:
             Role.ATTENTION: self.attention.stash_template(),
             Role.EXPERT: self.expert.stash_template(),
         }
-        self.pool = StashPool(templates, schedule.stash_slots, geometry.compute_dtype)
+        self.pool = StashPool(
+            templates, schedule.stash_slots, geometry.compute_dtype, geometry.placement.colocated
+        )
         self.keeps_stash = max(schedule.stash_slots) > 0
 
     def bind(self, weights: Weights, batch: Batch, aux_scales, loss_scale) -> "Phases":
@@ -113,44 +156,6 @@ class Phases:
         self.segments_KBS = batch.segments
         self.aux_scales, self.loss_scale = aux_scales, loss_scale
         return self
-
-    def forward(self, inbox, entry: Entry, stash, stats: Stats):
-        """Runs this worker's forward unit: returns (outbox, stash, stats)."""
-
-        def attention(_, stash, stats):
-            with jax.named_scope("attention_forward"):
-                return self._attention_forward(inbox, entry, stash, stats)
-
-        def experts(_, stash, stats):
-            with jax.named_scope("expert_forward"):
-                return self._expert_forward(inbox, entry, stash, stats)
-
-        state = (jnp.zeros_like(inbox), stash, stats)
-        state = update_if(self._plays(entry, Role.ATTENTION), attention, *state)
-        return update_if(self._plays(entry, Role.EXPERT), experts, *state)
-
-    def backward(self, inbox, entry: Entry, stash, grads: Grads):
-        """Runs this worker's backward unit: returns (outbox, grads)."""
-
-        def attention(_, rows, embedding):
-            with jax.named_scope("attention_backward"):
-                return self._attention_backward(inbox, entry, stash, rows, embedding)
-
-        def experts(_, rows, post_norm):
-            with jax.named_scope("expert_backward"):
-                return self._expert_backward(inbox, entry, stash, rows, post_norm)
-
-        outbox, rows, embedding = update_if(
-            self._plays(entry, Role.ATTENTION),
-            attention,
-            jnp.zeros_like(inbox),
-            grads.rows,
-            grads.embedding,
-        )
-        outbox, rows, post_norm = update_if(
-            self._plays(entry, Role.EXPERT), experts, outbox, rows, grads.post_norm
-        )
-        return outbox, grads._replace(rows=rows, embedding=embedding, post_norm=post_norm)
 
     def loss_backward(self, inbox, micro_batch, outbox, grads: Grads, stats: Stats):
         """Adds a due loss to the backward phase: returns (outbox, grads, stats).
@@ -172,15 +177,14 @@ class Phases:
 
         @jax.named_scope("loss")
         def due(nll):
-            h_TD = combine(self.geometry, self.message.decode(inbox))
-            labels_T = self.labels_KT[micro_batch]
+            h_TD, labels_T = self._finished(inbox), self.labels_KT[micro_batch]
             return (nll + self.shared_loss.loss(self.weights.head, h_TD, labels_T),)
 
         (nll,) = update_if(micro_batch != IDLE, due, stats.nll)
         return stats._replace(nll=nll)
 
     def zero_stats(self) -> Stats:
-        g, num_rows = self.geometry, self.weights.rows.shape[0]
+        g, num_rows = self.geometry, self.geometry.config.layers_per_stage
         zero, zeros = jnp.zeros((), g.wide_dtype), jnp.zeros((num_rows,), g.wide_dtype)
         count = jnp.zeros((), jnp.int32)
         routing = RoutingStats(
@@ -194,71 +198,55 @@ class Phases:
 
     def zero_grads(self) -> Grads:
         weights = self.weights
-        zeros = lambda w: jnp.zeros(w.shape, self.geometry.wide_dtype)  # noqa: E731
-        return Grads(
-            rows=zeros(weights.rows),
-            post_norm=zeros(weights.post_norm),
-            embedding=zeros(weights.embedding),
-            head=jax.tree.map(zeros, weights.head),
+        return jax.tree.map(
+            lambda w: jnp.zeros(w.shape, self.geometry.wide_dtype),
+            Grads(weights.rows, weights.post_norm, weights.embedding, weights.head),
         )
-
-    def _plays(self, entry: Entry, role: Role):
-        """Whether this worker has a unit of `role` to run."""
-        in_role = self.me.is_attention if role is Role.ATTENTION else ~self.me.is_attention
-        return (entry.micro_batch != IDLE) & in_role
 
     def _is_first_layer(self, entry: Entry):
         return (entry.layer_row == 0) & (self.me.stage == 0)
+
+    def _embed(self, entry: Entry):
+        return self.weights.embedding[self.tokens_KT[entry.micro_batch]]
 
     def _segments(self, entry: Entry):
         """Document numbers [B, S] of a micro-batch, or None if attention crosses documents."""
         return None if self.segments_KBS is None else self.segments_KBS[entry.micro_batch]
 
-    def _attention_forward(self, inbox, entry, stash, stats):
+    def _attention_forward(self, h_TD, origin, entry: Entry, stash, stats: Stats):
+        """Returns (Message, stash, stats); origin: of the message that h came from."""
         g, weights = self.geometry, self.weights
-        message = self.message.decode(inbox)
-        is_first = self._is_first_layer(entry)
-        embedded_TD = weights.embedding[self.tokens_KT[entry.micro_batch]]
-        h_TD = jnp.where(is_first, embedded_TD, combine(g, message))
-        # The first layer's input came from no message: its backward unit sends nothing.
-        origin = jnp.where(is_first, 0, message.origin)
-        params = self.layouts.attention.read(weights.rows, entry.layer_row)
+        params = self.layouts.read(weights.rows, Role.ATTENTION, entry.layer_row)
         bias_E = weights.router_bias[entry.layer_row * g.placement.stages + self.me.stage]
         message, kept, routing = self.attention.forward(
-            params, bias_E, h_TD, origin, self.me.rank, self._segments(entry)
+            params, bias_E, h_TD, origin, self.sender, self._segments(entry)
         )
         if self.keeps_stash:
             stash = self.pool.write(stash, Role.ATTENTION, entry.slot, kept)
-        return self.message.encode(message), stash, _add_routing(stats, entry, routing)
+        return message, stash, _add_routing(stats, entry, routing)
 
-    def _expert_forward(self, inbox, entry, stash, stats):
-        g = self.geometry
-        message = self.message.decode(pick_slots(inbox, self.me.rank, g.M))
+    def _expert_forward(self, message: Message, entry: Entry, stash, stats: Stats):
+        """Returns (Message, stash, stats)."""
         message, kept, needed = self.expert.forward(self._expert_params(entry), message)
         if self.keeps_stash:
             stash = self.pool.write(stash, Role.EXPERT, entry.slot, kept)
-        outbox = place_slots(self.message.encode(message), self.me.rank, g.R)
-        stats = stats._replace(sorted_needed=jnp.maximum(stats.sorted_needed, needed))
-        return outbox, stash, stats
+        needed = jnp.maximum(stats.sorted_needed, needed)
+        return message, stash, stats._replace(sorted_needed=needed)
 
-    def _attention_backward(self, inbox, entry, stash, rows, embedding):
-        kept = self.pool.read(stash, Role.ATTENTION, entry.slot)
-        params = self.layouts.attention.read(self.weights.rows, entry.layer_row)
+    def _attention_backward(
+        self, cotangent: Cotangent, kept: AttentionStash, entry: Entry, rows, embedding
+    ):
+        """Returns (dh [T, D], rows, embedding), the gradient sums with this unit's added."""
+        params = self.layouts.read(self.weights.rows, Role.ATTENTION, entry.layer_row)
         dparams, dh_TD = self.attention.backward(
-            params,
-            kept,
-            self.cotangent.decode(inbox),
-            self.me.rank,
-            self.aux_scales,
-            self._segments(entry),
+            params, kept, cotangent, self.sender, self.aux_scales, self._segments(entry)
         )
         with jax.named_scope("add_gradients"):
-            rows = self.layouts.attention.add(rows, entry.layer_row, dparams)
+            rows = self.layouts.add(rows, Role.ATTENTION, entry.layer_row, dparams)
             embedding = self._add_embedding(embedding, entry, dh_TD)
-        outbox = self.cotangent.encode(combine_cotangent(self.geometry, dh_TD, kept.origin))
-        return outbox, rows, embedding
+        return dh_TD, rows, embedding
 
-    def _add_embedding(self, embedding, entry, dh_TD):
+    def _add_embedding(self, embedding, entry: Entry, dh_TD):
         tokens_T = self.tokens_KT[entry.micro_batch]
 
         def add(sums):
@@ -266,35 +254,30 @@ class Phases:
 
         return update_if(self._is_first_layer(entry), add, embedding)[0]
 
-    def _expert_backward(self, inbox, entry, stash, rows, post_norm):
-        g = self.geometry
+    def _expert_backward(self, dy, entry: Entry, stash, rows, post_norm):
+        """Returns (Cotangent, rows, post_norm), the gradient sums with this unit's added."""
         kept = self.pool.read(stash, Role.EXPERT, entry.slot)
-        dy = self.cotangent.decode(pick_slots(inbox, self.me.rank, g.M)).x
         dparams, cotangent = self.expert.backward(self._expert_params(entry), kept, dy)
         dnorm_D = dparams.pop(POST_NORM)["scale"].astype(post_norm.dtype)
         with jax.named_scope("add_gradients"):
-            rows = self.layouts.expert.add(rows, entry.layer_row, dparams)
+            rows = self.layouts.add(rows, Role.EXPERT, entry.layer_row, dparams)
             post_norm = post_norm.at[entry.layer_row].add(dnorm_D)
-        outbox = place_slots(self.cotangent.encode(cotangent), self.me.rank, g.R)
-        return outbox, rows, post_norm
+        return cotangent, rows, post_norm
 
-    def _expert_params(self, entry):
-        params = self.layouts.expert.read(self.weights.rows, entry.layer_row)
+    def _expert_params(self, entry: Entry):
+        params = self.layouts.read(self.weights.rows, Role.EXPERT, entry.layer_row)
         return {**params, POST_NORM: {"scale": self.weights.post_norm[entry.layer_row]}}
 
     def _loss_backward(self, inbox, micro_batch, outbox, head, nll):
-        g = self.geometry
-        message = self.message.decode(inbox)
         share, dh_TD, head = self.shared_loss.loss_and_backward(
             self.weights.head,
-            combine(g, message),
+            self._finished(inbox),
             self.labels_KT[micro_batch],
             self.loss_scale,
             head,
         )
-        sent = self.cotangent.encode(combine_cotangent(g, dh_TD, message.origin))
-        is_owner = self.me.is_attention & (self.me.stage == self.shared_loss.owner_stage)
-        return jnp.where(is_owner, sent, outbox), head, nll + share
+        is_owner = self.me.plays[Role.ATTENTION] & (self.me.stage == self.shared_loss.owner_stage)
+        return jnp.where(is_owner, self._send_back(inbox, dh_TD), outbox), head, nll + share
 
 
 def _add_routing(stats: Stats, entry: Entry, routing: RoutingStats) -> Stats:

@@ -18,13 +18,14 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from disag_jax.batches import Batch
+from disag_jax.colocated import ColocatedPhases
+from disag_jax.disaggregated import DisaggregatedPhases
 from disag_jax.geometry import Geometry
 from disag_jax.phases import Entry, Grads, Phases, Stats
 from disag_jax.reduction import gather_weights, reduce_grads, reduce_stats
 from disag_jax.schedule import Schedule
 from layers.head import NO_LABEL
 from layers.router import updated_bias
-from mesh.m2n import RingTransport
 from mesh.placement import ALL_DEVICES, Meshes, Whoami
 from mesh.roles import Role
 
@@ -35,6 +36,8 @@ VOCABULARY_SPECS = {"embedding": PER_WORKER, "final_norm": EVERYWHERE, "head": P
 
 class Carry(NamedTuple):
     """State of the loop on one worker; boxes are words [R, ...].
+
+    Co-located, hidden states take the place of boxes.
 
     inbox_f, outbox_f: forward messages received and made; inbox_b, outbox_b: backward ones. With
     hop 1 only inbox_f and outbox_b outlive a period, the other two are None.
@@ -54,7 +57,7 @@ class Loop:
 
     def __init__(self, phases: Phases, schedule: Schedule):
         self.phases, self.schedule = phases, schedule
-        self.transport = RingTransport(phases.geometry.placement)
+        self.transport = phases.transport
 
     def run(self, *, with_gradients: bool) -> Carry:
         """Executes every period of the schedule."""
@@ -71,8 +74,8 @@ class Loop:
         return carry
 
     def _start(self, with_gradients: bool) -> Carry:
-        phases, rounds = self.phases, self.phases.geometry.R
-        message, cotangent = phases.message.zeros(rounds), phases.cotangent.zeros(rounds)
+        phases = self.phases
+        message, cotangent = phases.empty_boxes()
         two_hops = self.schedule.hop == 2
         return Carry(
             inbox_f=message,
@@ -142,19 +145,27 @@ class Loop:
     def _entry(self, table) -> Entry:
         """This worker's row of one period's table [p, role, 3]."""
         me = self.phases.me
-        role = jnp.where(me.is_attention, int(Role.ATTENTION), int(Role.EXPERT))
+        # Co-located roles have equal tables.
+        role = jnp.where(me.plays[Role.ATTENTION], int(Role.ATTENTION), int(Role.EXPERT))
         return Entry(*table[me.stage, role])
+
+
+def make_phases(geometry: Geometry, schedule: Schedule) -> Phases:
+    """The phases of the placement."""
+    kind = ColocatedPhases if geometry.placement.colocated else DisaggregatedPhases
+    return kind(geometry, schedule)
 
 
 def gradient_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
     """The jitted training pipeline.
 
     Returns a function of
-      rows: [W, v, P] and vocabulary: embedding, head [V', D], final_norm [D], compute type;
+      rows: [W, v, P] (co-located, a dict of each role's), compute type;
+      vocabulary: embedding, head [V', D], final_norm [D], compute type;
       router_bias: [L, E];
       batch: leaves int32 [W, K, B, S], sequences of each attention worker, zeros on the others;
     that returns
-      row gradients [W, v, P], vocabulary gradients, next router bias, and the step's metrics, on
+      row gradients like rows, vocabulary gradients, next router bias, and the step's metrics, on
       every device alike (disag_jax/reduction.py). All are sums over the whole step.
     """
     model = geometry.config.model
@@ -186,7 +197,7 @@ def _run(geometry: Geometry, schedule: Schedule, weights, batch: Batch, *, with_
     """Runs the loop on this worker's shard of the batch: (Phases, Carry, the step's metrics)."""
     batch = jax.tree.map(lambda leaf: leaf[0], batch)
     num_labels, loss_scale, aux_scales = _scales(geometry, batch)
-    phases = Phases(geometry, schedule).bind(weights, batch, aux_scales, loss_scale)
+    phases = make_phases(geometry, schedule).bind(weights, batch, aux_scales, loss_scale)
     carry = Loop(phases, schedule).run(with_gradients=with_gradients)
     return phases, carry, reduce_stats(geometry, carry.stats, num_labels, aux_scales)
 
@@ -209,7 +220,7 @@ def _scales(geometry: Geometry, batch: Batch):
     """(labels in the whole step, factor of each one's nll, factors of the auxiliary sums)."""
     config = geometry.config
     me = Whoami.of(geometry.placement)
-    counts_here = me.is_attention & (me.stage == 0)
+    counts_here = me.plays[Role.ATTENTION] & (me.stage == 0)
     labels = jnp.sum(batch.labels != NO_LABEL, dtype=jnp.int32)
     num_labels = lax.psum(jnp.where(counts_here, labels, 0), ALL_DEVICES)
     wide = geometry.wide_dtype

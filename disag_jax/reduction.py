@@ -1,8 +1,8 @@
 """Collectives at the two ends of the pipeline program: sharing weights, summing gradients.
 
-Groups are of four kinds, and no two partitions of the mesh share a group of several devices (on
+Groups are of few kinds, and no two partitions of the mesh share a group of several devices (on
 GPUs that is an error): the workers of a role in a stage, the workers of a stage, the replicas of a
-worker, all devices.
+worker, all devices; co-located also the workers of a stage that hold the same experts.
 """
 
 import math
@@ -16,6 +16,7 @@ from disag_jax.model import POST_NORM
 from disag_jax.phases import Grads, Layouts, Stats, Weights
 from layers.head import HeadParams
 from mesh.placement import ALL_DEVICES, REPLICA, WORKER, Whoami
+from mesh.roles import Role
 
 
 @jax.named_scope("gather_weights")
@@ -25,17 +26,14 @@ def gather_weights(geometry: Geometry, rows, vocabulary, router_bias) -> Weights
     The vocabulary's rows come from all devices; the post-attention norm, stored with the attention
     layers, goes to the expert workers of the stage.
     """
-    me, placement = Whoami.of(geometry.placement), geometry.placement
-    rows = rows[0]
-    post_norm = rows[:, Layouts.of(geometry).attention.columns(POST_NORM)]
-    is_source = me.is_attention & (me.rank == 0)
-    post_norm = lax.psum(
-        jnp.where(is_source, post_norm, 0), WORKER, axis_index_groups=placement.stage_groups()
-    )
-    gather = lambda shard: lax.all_gather(shard, ALL_DEVICES, tiled=True)  # noqa: E731
+    rows = jax.tree.map(lambda shard: shard[0], rows)
+
+    def gather(shard):
+        return lax.all_gather(shard, ALL_DEVICES, tiled=True)
+
     return Weights(
         rows=rows,
-        post_norm=post_norm,
+        post_norm=_post_norm(geometry, rows),
         embedding=gather(vocabulary["embedding"]),
         head=HeadParams(
             final_norm=vocabulary["final_norm"],
@@ -49,16 +47,21 @@ def gather_weights(geometry: Geometry, rows, vocabulary, router_bias) -> Weights
 def reduce_grads(geometry: Geometry, layouts: Layouts, grads: Grads):
     """Sums gradients over the workers that share a parameter.
 
-    Returns (row gradients [1, v, P], vocabulary gradients sharded like the vocabulary, norms):
-    `gradient_norm` over all parameters, each counted once, and `gradient_norm_<role>`.
+    Returns (row gradients [1, v, P] as the rows are, vocabulary gradients sharded like the
+    vocabulary, norms): `gradient_norm` over all parameters, each counted once, and
+    `gradient_norm_<role>`.
     """
-    rows = _sum_shared_rows(geometry, layouts, grads)
+    sum_rows = _sum_rows_together if geometry.placement.colocated else _sum_rows_apart
+    rows = sum_rows(geometry, layouts, grads)
+    if geometry.placement.replicas > 1:
+        rows = lax.psum(rows, REPLICA)
     embedding, head = (
         _scatter_vocabulary(geometry, table) for table in (grads.embedding, grads.head.head)
     )
     final_norm = lax.psum(grads.head.final_norm, ALL_DEVICES)
     vocabulary = {"embedding": embedding, "final_norm": final_norm, "head": head}
-    return rows[None], vocabulary, _norms(geometry, layouts, rows, vocabulary)
+    norms = _norms(geometry, rows, vocabulary)
+    return jax.tree.map(lambda x: x[None], rows), vocabulary, norms
 
 
 @jax.named_scope("reduce_metrics")
@@ -88,45 +91,83 @@ def reduce_stats(geometry: Geometry, stats: Stats, num_labels, aux_scales) -> di
     }
 
 
-def _sum_shared_rows(geometry: Geometry, layouts: Layouts, grads: Grads):
-    """Row gradients [v, P] summed over replicas and over the workers that hold equal rows.
+def _post_norm(geometry: Geometry, rows):
+    """The post-attention norms [v, D] of the stage's layers, on both roles."""
+    me, placement, layouts = Whoami.of(geometry.placement), geometry.placement, Layouts.of(geometry)
+    columns = layouts[Role.ATTENTION].columns(POST_NORM)
+    if placement.colocated:
+        return rows[Role.ATTENTION.label][:, columns]
+    is_source = me.plays[Role.ATTENTION] & (me.rank[Role.ATTENTION] == 0)
+    norms = jnp.where(is_source, rows[:, columns], 0)
+    return lax.psum(norms, WORKER, axis_index_groups=placement.stage_groups())
+
+
+def _sum_rows_together(geometry: Geometry, layouts: Layouts, grads: Grads):
+    """Row gradients of co-located workers, summed over the workers that hold equal rows.
+
+    Attention rows are alike on all workers of a stage, and so are shared experts; routed experts
+    on those that hold copies of the same ones.
+    """
+    placement = geometry.placement
+    attention, expert = (grads.rows[role.label] for role in Role)
+    norm = layouts[Role.ATTENTION].columns(POST_NORM)
+    attention = attention.at[:, norm].add(grads.post_norm)
+    if placement.attention_workers == 1:
+        return {Role.ATTENTION.label: attention, Role.EXPERT.label: expert}
+    if placement.expert_copies > 1:
+        expert = lax.psum(expert, WORKER, axis_index_groups=placement.expert_copy_groups())
+    attention = lax.psum(attention, WORKER, axis_index_groups=placement.stage_groups())
+    if placement.expert_workers > 1:
+        # Sums over the copies are done: what is left are the workers of the group.
+        for columns in _shared_columns(geometry):
+            groups = placement.expert_groups()
+            summed = lax.psum(expert[:, columns], WORKER, axis_index_groups=groups)
+            expert = expert.at[:, columns].set(summed)
+    return {Role.ATTENTION.label: attention, Role.EXPERT.label: expert}
+
+
+def _sum_rows_apart(geometry: Geometry, layouts: Layouts, grads: Grads):
+    """Row gradients [v, P] of disaggregated workers, summed over those that hold equal rows.
 
     Attention workers of a stage hold all columns alike; expert workers only their shared experts.
     The experts' part of the post-attention norm joins the attention side's.
     """
     me, placement = Whoami.of(geometry.placement), geometry.placement
-    rows = grads.rows
-    shared = {True: [slice(0, layouts.attention.num_columns)], False: _shared_columns(geometry)}
-    width = max(_total(columns) for columns in shared.values())
+    is_attention, is_expert = me.plays[Role.ATTENTION], me.plays[Role.EXPERT]
+    rows, attention = grads.rows, layouts[Role.ATTENTION]
+    alike = {
+        Role.ATTENTION: [slice(0, attention.num_columns)],
+        Role.EXPERT: _shared_columns(geometry),
+    }
+    width = max(_total(columns) for columns in alike.values())
 
     def pick(columns):
         picked = jnp.concatenate([rows[:, c] for c in columns] or [rows[:, :0]], axis=1)
         return jnp.pad(picked, ((0, 0), (0, width - picked.shape[1])))
 
     sums = lax.psum(
-        jnp.where(me.is_attention, pick(shared[True]), pick(shared[False])),
+        jnp.where(is_attention, pick(alike[Role.ATTENTION]), pick(alike[Role.EXPERT])),
         WORKER,
         axis_index_groups=placement.role_groups(),
     )
 
     post_norm = lax.psum(grads.post_norm, WORKER, axis_index_groups=placement.stage_groups())
-    norm = layouts.attention.columns(POST_NORM)
-    sums = sums.at[:, norm].add(jnp.where(me.is_attention, post_norm, 0))
+    sums = sums.at[:, attention.columns(POST_NORM)].add(jnp.where(is_attention, post_norm, 0))
     # Column by column range, each worker keeping what is its own: so the rows change in place.
-    for is_mine, columns in ((me.is_attention, shared[True]), (~me.is_attention, shared[False])):
+    for is_mine, role in ((is_attention, Role.ATTENTION), (is_expert, Role.EXPERT)):
         offset = 0
-        for c in columns:
+        for c in alike[role]:
             summed = sums[:, offset : offset + c.stop - c.start]
             rows = rows.at[:, c].set(jnp.where(is_mine, summed, rows[:, c]))
             offset += c.stop - c.start
-    return lax.psum(rows, REPLICA) if placement.replicas > 1 else rows
+    return rows
 
 
 def _shared_columns(geometry: Geometry) -> list[slice]:
     """Columns of the shared experts in an expert worker's rows."""
     if not geometry.config.model.num_shared_experts:
         return []
-    layout = Layouts.of(geometry).expert
+    layout = Layouts.of(geometry)[Role.EXPERT]
     first = geometry.places.per_worker
     return [
         slice(offset + first * math.prod(leaf.shape[1:]), offset + size)
@@ -145,19 +186,24 @@ def _scatter_vocabulary(geometry: Geometry, table_VD):
     return lax.psum_scatter(padded, ALL_DEVICES, scatter_dimension=0, tiled=True)
 
 
-def _norms(geometry: Geometry, layouts: Layouts, rows, vocabulary) -> dict:
+def _norms(geometry: Geometry, rows, vocabulary) -> dict:
     """Global gradient norms; every parameter is counted on one device."""
     me = Whoami.of(geometry.placement)
-    is_rank_0, is_replica_0 = me.rank == 0, me.replica == 0
-    own = jnp.ones((rows.shape[1],), bool)
+    attention, expert = (
+        (rows[role.label] if geometry.placement.colocated else rows) for role in Role
+    )
+    own = jnp.ones((expert.shape[1],), bool)
     for columns in _shared_columns(geometry):
-        own = own.at[columns].set(is_rank_0)
-    expert = jnp.sum(jnp.where(own, rows, 0) ** 2)
-    attention = jnp.where(is_rank_0, jnp.sum(rows**2), 0)
+        own = own.at[columns].set(me.rank[Role.EXPERT] == 0)
+    is_replica_0 = me.replica == 0
+    counts_attention = me.plays[Role.ATTENTION] & (me.rank[Role.ATTENTION] == 0)
+    counts_expert = me.plays[Role.EXPERT] & (me.expert_copy == 0)
     is_first = is_replica_0 & (me.worker == 0)
     squares = {
-        "attention": jnp.where(is_replica_0 & me.is_attention, attention, 0),
-        "expert": jnp.where(is_replica_0 & ~me.is_attention, expert, 0),
+        "attention": jnp.where(is_replica_0 & counts_attention, jnp.sum(attention**2), 0),
+        "expert": jnp.where(
+            is_replica_0 & counts_expert, jnp.sum(jnp.where(own, expert, 0) ** 2), 0
+        ),
         "vocabulary": jnp.sum(vocabulary["embedding"] ** 2)
         + jnp.sum(vocabulary["head"] ** 2)
         + jnp.where(is_first, jnp.sum(vocabulary["final_norm"] ** 2), 0),
@@ -172,5 +218,5 @@ def _per_layer(geometry: Geometry, values):
     stages, num_layers = geometry.placement.stages, geometry.config.model.num_layers
     me = Whoami.of(geometry.placement)
     grid = jnp.zeros((values.shape[0], stages, *values.shape[1:]), values.dtype)
-    grid = grid.at[:, me.stage].set(jnp.where(me.is_attention, values, 0))
+    grid = grid.at[:, me.stage].set(jnp.where(me.plays[Role.ATTENTION], values, 0))
     return grid.reshape(-1, *values.shape[1:])[:num_layers]

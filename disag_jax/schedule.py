@@ -5,6 +5,9 @@ the same chain. Layer l lives on stage l mod p, in row l div p. A period is a fo
 by a backward phase, and a worker runs at most one unit in each. What a unit sends is used exactly
 `hop` periods later, so a transfer always has a phase of other work to hide behind.
 
+The co-located twin runs the same kind of table with one unit per layer: A(l) and F(l) in the same
+phase of the same worker, so its chain is half as long.
+
 `python -m disag_jax.schedule --config configs/tiny.py` draws the schedule of a config.
 `disag_jax.schedule_check` proves a table right without trusting this file.
 """
@@ -16,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from disag_jax.config import Config
 from mesh.roles import Role
 
 IDLE = -1  # in the micro-batch column (and in `Schedule.loss`): nothing runs
@@ -61,12 +65,15 @@ class Schedule:
       loss: int32 [periods], the micro-batch whose loss is due in a backward phase, or IDLE.
         Its hidden states arrive at attention stage L mod p.
       stash_slots: slots that an (attention, expert) worker needs; the most of any stage.
+      colocated: whether both roles of a stage, on the same workers, run a layer's two units in the
+        same phase; the tables of the roles are then equal.
     """
 
     num_layers: int
     stages: int
     micro_batches: int
     hop: int
+    colocated: bool
     forward: np.ndarray
     backward: np.ndarray
     loss: np.ndarray
@@ -106,8 +113,8 @@ class Schedule:
         """Share of the executed phases that a worker spends without a unit.
 
         It is (4p - 1) / (4p (1 + n v) - 1), just below 1 / (1 + n v), for n whole waves of
-        2 * hop * p micro-batches and v = L / p layers on every stage. The backward phases of a
-        forward-only schedule hold losses alone and do not count.
+        2 * hop * p micro-batches and v = L / p layers on every stage (2p - 1 and 2p co-located).
+        The backward phases of a forward-only schedule hold losses alone and do not count.
         """
         phases = sum(segment.num_periods for segment in self.segments if segment.has_forward)
         units = _busy(self.forward).sum()
@@ -120,8 +127,9 @@ class Schedule:
     def in_flight(self) -> int:
         """The most micro-batches of any period that have begun and not ended before it.
 
-        It is 4 hop p + 1 for many micro-batches where p divides L: one wave on its way forward, one
-        on its way back, and in each period one micro-batch that ends while another begins.
+        It is 4 hop p + 1 (2p + 1 co-located) for many micro-batches where p divides L: one wave on
+        its way forward, one on its way back, and in each period one micro-batch that ends while
+        another begins.
         """
         present = np.zeros([self.num_periods, self.micro_batches], bool)
         for table in (self.forward, self.backward):
@@ -133,8 +141,12 @@ class Schedule:
         return int((begun & not_ended).sum(axis=1).max())
 
 
-def make_schedule(num_layers: int, stages: int, micro_batches: int, hop: int = 1) -> Schedule:
+def make_schedule(
+    num_layers: int, stages: int, micro_batches: int, hop: int = 1, *, colocated: bool = False
+) -> Schedule:
     """Returns the training schedule; `stages` is at most `num_layers`.
+
+    Disaggregated (co-located, halve every distance: a chain has L units, not 2L):
 
     Micro-batches start in waves of 2 hop p, one a period, and a wave starts every 2 hop L' periods,
     where L' is L rounded up to a multiple of p. A micro-batch that starts in period s runs unit c
@@ -151,33 +163,56 @@ def make_schedule(num_layers: int, stages: int, micro_batches: int, hop: int = 1
     Stash: at most hop (2L' + 2p - 4g) + 1 slots on attention stage g, 2 hop fewer on expert
     stage g. Stage 0 needs the most, at most hop (2L + 2p) + 1 also where p does not divide L.
     """
-    start, loss_distance = _starts(num_layers, stages, micro_batches, hop)
+    distances = _unit_distances(hop, colocated)
+    start, loss_distance = _starts(num_layers, stages, micro_batches, sum(distances))
     num_periods = int(start[-1]) + 2 * loss_distance + 1
     forward, backward = (_idle_table(num_periods, stages) for _ in range(2))
-    _place_units(forward, start, hop, num_layers)
-    _place_units(backward, start + 2 * loss_distance, -hop, num_layers)
+    _place_units(forward, start, distances, num_layers)
+    _place_units(backward, start + 2 * loss_distance, [-d for d in distances], num_layers)
     stash_slots = _assign_slots(forward, backward)
-    loss = _place_losses(start + loss_distance, num_periods)
-    return Schedule(num_layers, stages, micro_batches, hop, forward, backward, loss, stash_slots)
+    return Schedule(
+        num_layers, stages, micro_batches, hop, colocated, forward, backward,
+        _place_losses(start + loss_distance, num_periods), stash_slots,
+    )  # fmt: skip
 
 
 def make_forward_schedule(
-    num_layers: int, stages: int, micro_batches: int, hop: int = 1
+    num_layers: int, stages: int, micro_batches: int, hop: int = 1, *, colocated: bool = False
 ) -> Schedule:
     """Returns the schedule of an evaluation: forward units and losses, nothing to stash."""
-    start, loss_distance = _starts(num_layers, stages, micro_batches, hop)
+    distances = _unit_distances(hop, colocated)
+    start, loss_distance = _starts(num_layers, stages, micro_batches, sum(distances))
     num_periods = int(start[-1]) + loss_distance + 1
     forward, backward = (_idle_table(num_periods, stages) for _ in range(2))
-    _place_units(forward, start, hop, num_layers)
-    loss = _place_losses(start + loss_distance, num_periods)
-    return Schedule(num_layers, stages, micro_batches, hop, forward, backward, loss, (0, 0))
+    _place_units(forward, start, distances, num_layers)
+    return Schedule(
+        num_layers, stages, micro_batches, hop, colocated, forward, backward,
+        _place_losses(start + loss_distance, num_periods), (0, 0),
+    )  # fmt: skip
 
 
-def _starts(num_layers, stages, micro_batches, hop) -> tuple[np.ndarray, int]:
+def schedule_of(config: Config, make=make_schedule) -> Schedule:
+    """The schedule that a config asks for; `make` is `make_schedule` or `make_forward_schedule`."""
+    split = config.split
+    return make(
+        config.model.num_layers,
+        split.stages,
+        config.batch.micro_batches,
+        split.hop,
+        colocated=split.colocated,
+    )
+
+
+def _unit_distances(hop: int, colocated: bool) -> tuple[int, int]:
+    """Periods from A(l) to F(l), and from F(l) to A(l + 1)."""
+    return (0, hop) if colocated else (hop, hop)
+
+
+def _starts(num_layers, stages, micro_batches, layer_distance) -> tuple[np.ndarray, int]:
     """Returns the period in which each micro-batch starts [K], and its loss's distance from it."""
-    wave, place = np.divmod(np.arange(micro_batches), 2 * hop * stages)
+    wave, place = np.divmod(np.arange(micro_batches), layer_distance * stages)
     rounded_up = -(-num_layers // stages) * stages
-    return 2 * hop * rounded_up * wave + place, 2 * hop * num_layers
+    return layer_distance * rounded_up * wave + place, layer_distance * num_layers
 
 
 def _idle_table(num_periods, stages) -> np.ndarray:
@@ -186,13 +221,13 @@ def _idle_table(num_periods, stages) -> np.ndarray:
     return table
 
 
-def _place_units(table, first, step, num_layers):
-    """Writes the chains of all micro-batches: unit c in period first + step * c; first: [K]."""
+def _place_units(table, first, distances, num_layers):
+    """Writes the chains of all micro-batches, whose A(0) run in the periods `first` [K]."""
     stages = table.shape[1]
     for layer in range(num_layers):
         row, stage = divmod(layer, stages)
         for role in Role:
-            periods = first + step * (2 * layer + role)
+            periods = first + sum(distances) * layer + role * distances[Role.ATTENTION]
             table[periods, stage, role, Column.MICRO_BATCH] = np.arange(len(first))
             table[periods, stage, role, Column.ROW] = row
 
@@ -249,7 +284,8 @@ def render(schedule: Schedule, max_periods: int | None = None) -> str:
     ]
     idle = " " if schedule.forward_only else "."
     for stage in range(schedule.stages):
-        for role in Role:
+        # Co-located roles have equal lines.
+        for role in Role if not schedule.colocated else [Role.ATTENTION]:
             forward = schedule.forward[:, stage, role, Column.MICRO_BATCH].tolist()
             backward = schedule.backward[:, stage, role, Column.MICRO_BATCH].tolist()
             cells = [
@@ -260,7 +296,8 @@ def render(schedule: Schedule, max_periods: int | None = None) -> str:
                 ]
                 for segment in segments
             ]
-            lines.append(_line(f"{role.name.lower()} {stage}", _join(cells)))
+            name = "stage" if schedule.colocated else role.name.lower()
+            lines.append(_line(f"{name} {stage}", _join(cells)))
     losses = [" " + _letter(micro_batch, " ").lower() for micro_batch in schedule.loss.tolist()]
     lines.append(_line("loss", _join([losses[s.begin : s.end] for s in segments])))
     if shown < schedule.num_periods:
@@ -298,11 +335,7 @@ def summary(schedule: Schedule) -> str:
 
 def main(config, max_periods: int | None):
     """Prints the training schedule of a config."""
-    config.validate()
-    split = config.split
-    schedule = make_schedule(
-        config.model.num_layers, split.stages, config.batch.micro_batches, split.hop
-    )
+    schedule = schedule_of(config.validate())
     print(render(schedule, max_periods))
     print()
     print(summary(schedule))

@@ -14,6 +14,8 @@ def check(schedule: Schedule):
     period. Every unit input stays in its stash slot from the forward to the backward unit.
     """
     _check_shapes(schedule)
+    if schedule.colocated:
+        _check_roles_together(schedule)
     chain = [_unit_periods(schedule, schedule.forward, "forward"), _loss_periods(schedule)]
     if not schedule.forward_only:
         backward = _unit_periods(schedule, schedule.backward, "backward")
@@ -28,6 +30,13 @@ def _check_shapes(schedule):
     for name, table in (("forward", schedule.forward), ("backward", schedule.backward)):
         expected = (periods, stages, 2, 3)
         assert table.shape == expected, f"{name} table: shape {table.shape}, not {expected}"
+
+
+def _check_roles_together(schedule):
+    """Co-located roles are the same workers, which run a layer's two units in one phase."""
+    for name, table in (("forward", schedule.forward), ("backward", schedule.backward)):
+        for period, stage in np.argwhere((table[:, :, 0] != table[:, :, 1]).any(-1)).tolist():
+            raise AssertionError(f"period {period}, stage {stage}: the roles differ in {name}")
 
 
 def _unit_periods(schedule, table, direction) -> np.ndarray:
@@ -84,14 +93,22 @@ def _check_loss_sends_alone(schedule):
 
 
 def _check_hops(schedule, periods_KC):
-    """Checks that each step of a micro-batch's chain [K, C] runs one hop after the one before."""
+    """Checks that each step of a micro-batch's chain [K, C] runs one hop after the one before.
+
+    Co-located, what A(l) makes is used at once by F(l), forward and, from F(l) to A(l), backward.
+    """
     waits = np.diff(periods_KC)
-    for micro_batch, step in np.argwhere(waits != schedule.hop).tolist():
+    expected = np.full(waits.shape[1], schedule.hop)
+    if schedule.colocated:
+        loss = 2 * schedule.num_layers
+        expected[0:loss:2] = 0
+        expected[loss + 1 :: 2] = 0
+    for micro_batch, step in np.argwhere(waits != expected).tolist():
         made, used = periods_KC[micro_batch, step : step + 2].tolist()
         stage, role = _sender(schedule, step)
         raise AssertionError(
             f"{_where(made, stage, role, micro_batch)}: step {step} of the chain makes a message "
-            f"that is used in period {used}, not {schedule.hop} later"
+            f"that is used in period {used}, not {expected[step]} later"
         )
 
 

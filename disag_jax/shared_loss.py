@@ -26,6 +26,8 @@ class SharedLoss:
         self.geometry = geometry
         self.owner_stage = geometry.config.model.num_layers % placement.stages
         self.num_shares = placement.workers // placement.attention_workers
+        # One co-located stage: every worker owns its tokens' loss.
+        self.is_local = placement.workers == placement.attention_workers
         self.share_tokens = -(-geometry.T // self.num_shares)
         self.codec = WordCodec(
             (geometry.floats(self.share_tokens, geometry.D), geometry.ints(self.share_tokens)),
@@ -51,6 +53,8 @@ class SharedLoss:
         total, dh_share, grads = cross_entropy_and_grads(
             params, h_share, label_share, scale, grads, **self._head_options()
         )
+        if self.is_local:
+            return total, dh_share, grads
         with jax.named_scope("gather_loss_gradient"):
             back = [[(b, a) for a, b in pairs] for pairs in self.pairs]
             parts = [lax.ppermute(dh_share, WORKER, pairs) for pairs in back]
@@ -58,6 +62,8 @@ class SharedLoss:
 
     def _scatter(self, h_TD, label_T):
         """This worker's share of the tokens of its owner; a worker without one has no labels."""
+        if self.is_local:
+            return h_TD, label_T
         missing = self.num_shares * self.share_tokens - self.geometry.T
         shape = (self.num_shares, self.share_tokens)
         h = jnp.pad(h_TD, ((0, missing), (0, 0))).reshape(*shape, -1)

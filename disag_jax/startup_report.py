@@ -5,10 +5,11 @@ import math
 import jax
 import numpy as np
 
+from disag_jax import memory
 from disag_jax.config import Config
 from disag_jax.flops import model_flops, peak_flops
 from disag_jax.logical import LeafMap, state_maps
-from disag_jax.phases import Phases
+from disag_jax.pipeline import make_phases
 from disag_jax.state import GROUPS, StateManager
 from disag_jax.step import Stepper
 from mesh.roles import Role
@@ -57,31 +58,42 @@ def parameter_counts(manager: StateManager) -> dict[str, int]:
 
 
 def _split(stepper: Stepper) -> list[str]:
-    placement, places = stepper.meshes.placement, stepper.manager.geometry.places
+    placement = stepper.meshes.placement
+    sizes = (
+        f"{placement.attention_workers} workers of both roles in {placement.expert_copies} groups "
+        "that hold all experts"
+        if placement.colocated
+        else f"{placement.attention_workers} attention + {placement.expert_workers} expert workers"
+    )
     lines = [
-        f"split     {placement.replicas} replicas x {placement.stages} stages x "
-        f"({placement.attention_workers} attention + {placement.expert_workers} expert workers) "
-        f"= {placement.num_devices} devices, hop {stepper.schedule.hop}"
+        f"split     {stepper.config.split.placement}: {placement.replicas} replicas x "
+        f"{placement.stages} stages x ({sizes}) = {placement.num_devices} devices, "
+        f"hop {stepper.schedule.hop}"
     ]
     for replica, devices in enumerate(stepper.meshes.union.devices):
         for stage in range(placement.stages):
-            names = {role: [] for role in Role}
-            for worker, device in enumerate(devices):
-                of_stage, role, rank = placement.describe(worker)
-                if of_stage != stage:
-                    continue
-                held = ""
-                if role is Role.EXPERT:
-                    share = places.share(rank)
-                    held = f" (experts {share.start}-{share.stop - 1})"
-                names[role].append(f"{device}{held}")
             layers = list(range(stage, stepper.config.model.num_layers, placement.stages))
+            roles = "; ".join(
+                f"{name} {', '.join(_players(stepper, devices, stage, role))}"
+                for role, name in ((Role.ATTENTION, "attention"), (Role.EXPERT, "experts"))
+            )
             lines.append(
-                f"          replica {replica} stage {stage}, layers {_ranges(layers)}: "
-                f"attention {', '.join(names[Role.ATTENTION])}; "
-                f"experts {', '.join(names[Role.EXPERT])}"
+                f"          replica {replica} stage {stage}, layers {_ranges(layers)}: {roles}"
             )
     return lines
+
+
+def _players(stepper: Stepper, devices, stage: int, role: Role) -> list[str]:
+    """The devices of a replica's stage that play a role, each with the experts it holds."""
+    placement, places = stepper.meshes.placement, stepper.manager.geometry.places
+    names = []
+    for worker, device in enumerate(devices):
+        rank = placement.rank_of(worker, role)
+        if placement.stage_of(worker) != stage or rank is None:
+            continue
+        share = places.share(rank) if role is Role.EXPERT else None
+        names.append(f"{device} (experts {share.start}-{share.stop - 1})" if share else str(device))
+    return names
 
 
 def _parameters(stepper: Stepper) -> list[str]:
@@ -96,10 +108,10 @@ def _parameters(stepper: Stepper) -> list[str]:
 def _memory(stepper: Stepper) -> list[str]:
     """Bytes that each worker holds for the whole run, by role and use."""
     manager, config = stepper.manager, stepper.config
-    phases = Phases(manager.geometry, stepper.schedule)
+    phases = make_phases(manager.geometry, stepper.schedule)
     compute = manager.geometry.compute_dtype.itemsize
     wide = np.dtype(manager.geometry.wide_dtype).itemsize
-    rows = config.layers_per_stage * manager.layouts.num_columns
+    rows = config.layers_per_stage * manager.layouts.worker_columns
     vocabulary = 2 * config.model.vocab_size * config.model.d_model
     boxes = 2 * (phases.message.num_words + phases.cotangent.num_words) * manager.geometry.R
     shared = {
@@ -109,29 +121,12 @@ def _memory(stepper: Stepper) -> list[str]:
         "messages": boxes * compute,
     }
     lines = []
-    for role in Role:
-        name = role.name.lower()
-        state = {
-            "master and optimizer": _state_bytes(manager, name)
-            + _state_bytes(manager, "vocabulary")
-        }
-        parts = state | shared
+    for name, groups in memory.role_groups(config.split.colocated).items():
+        state = memory.state_bytes(manager, groups)
+        parts = {"master and optimizer": state} | shared
         uses = ", ".join(f"{use} {_bytes(size)}" for use, size in parts.items())
-        lines.append(f"memory    {name} worker {_bytes(sum(parts.values()))}: {uses}")
+        lines.append(f"memory    {name} {_bytes(sum(parts.values()))}: {uses}")
     return lines
-
-
-def _state_bytes(manager: StateManager, name: str) -> int:
-    """Bytes of a group's masters and optimizer state on one of its devices."""
-    group = manager.groups[name]
-    pairs = [(group.params, group.specs), (group.opt_state, group.opt_specs)]
-    return sum(
-        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for tree, specs in pairs
-        for leaf, sharding in zip(
-            jax.tree.leaves(tree), jax.tree.leaves(group.shardings(specs)), strict=True
-        )
-    )
 
 
 def _batch(config: Config) -> list[str]:
@@ -154,7 +149,8 @@ def _work(stepper: Stepper) -> list[str]:
     )
     tokens_per_stage = config.tokens_per_step / (split.replicas * split.stages)
     attention = _flops(tokens_per_stage * flops.attention / split.attention_workers)
-    expert = _flops(tokens_per_stage * flops.expert / split.expert_workers)
+    num_sharing = split.attention_workers if split.colocated else split.expert_workers
+    expert = _flops(tokens_per_stage * flops.expert / num_sharing)
     measure = (
         f"no MFU: the peak of {kind!r} is not known, run.peak_tflops_per_device may say it"
         if peak is None
@@ -180,11 +176,12 @@ def _schedule(stepper: Stepper) -> list[str]:
         f"attention and {schedule.stash_slots[1]} expert",
         f"buckets   {capacities}",
     ]
-    wave = 2 * schedule.stages * schedule.hop
+    rule = "split.stages" if schedule.colocated else "2 * split.stages * split.hop"
+    wave = schedule.stages * (1 if schedule.colocated else 2 * schedule.hop)
     if config.batch.micro_batches % wave:
         lines.append(
             f"warning   batch.micro_batches = {config.batch.micro_batches} should be a multiple of "
-            f"2 * split.stages * split.hop = {wave}: the idle share is {schedule.idle_share:.3f}"
+            f"{rule} = {wave}: the idle share is {schedule.idle_share:.3f}"
         )
     return lines
 

@@ -13,15 +13,21 @@ BLOCK_WORDS = 1024
 class StashPool:
     """Slots for the stash entries of either role, in a buffer whose shape is the same for both.
 
-    templates: the entry of each role, a tree of ShapeDtypeStructs; slots: entries of each role.
+    templates: the entry of each role, a tree of ShapeDtypeStructs; slots: entries of each role;
+    colocated: whether a worker plays both roles, so that the expert slots come after the others.
     """
 
-    def __init__(self, templates: dict, slots: tuple[int, int], compute_dtype):
+    def __init__(self, templates: dict, slots: tuple[int, int], compute_dtype, colocated: bool):
         self.codecs = {role: WordCodec(templates[role], compute_dtype) for role in Role}
         self.entry_blocks = {
             role: -(-codec.num_words // BLOCK_WORDS) for role, codec in self.codecs.items()
         }
-        self.num_blocks = max(slots[role] * self.entry_blocks[role] for role in Role)
+        blocks = [slots[role] * self.entry_blocks[role] for role in Role]
+        self.num_blocks = sum(blocks) if colocated else max(blocks)
+        self.first_block = {
+            Role.ATTENTION: 0,
+            Role.EXPERT: blocks[Role.ATTENTION] if colocated else 0,
+        }
 
     @property
     def num_bytes(self) -> int:
@@ -35,13 +41,14 @@ class StashPool:
         words, blocks = self.codecs[role].encode(entry), self.entry_blocks[role]
         words = jnp.pad(words, (0, blocks * BLOCK_WORDS - words.shape[0]))
         return lax.dynamic_update_slice(
-            pool, words.reshape(blocks, BLOCK_WORDS), (slot * blocks, jnp.zeros_like(slot))
+            pool, words.reshape(blocks, BLOCK_WORDS), self._at(role, slot)
         )
 
     def read(self, pool, role: Role, slot):
         """The entry in a slot (a traced index)."""
         blocks = self.entry_blocks[role]
-        words = lax.dynamic_slice(
-            pool, (slot * blocks, jnp.zeros_like(slot)), (blocks, BLOCK_WORDS)
-        )
+        words = lax.dynamic_slice(pool, self._at(role, slot), (blocks, BLOCK_WORDS))
         return self.codecs[role].decode(words.reshape(-1))
+
+    def _at(self, role: Role, slot):
+        return self.first_block[role] + slot * self.entry_blocks[role], jnp.zeros_like(slot)

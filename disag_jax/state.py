@@ -3,7 +3,8 @@
 There are three groups of parameters, each with its own mesh, optimizer state and update program:
 
   attention   leaves [v, p, ...] on the attention submesh, equal on the M workers of a stage
-  expert      leaves [v, p, N * places, ...] on the expert submesh, shared experts [v, p, n, ...]
+  expert      leaves [v, p, N * places, ...] on the expert submesh, shared experts [v, p, n, ...];
+              equal on copies of the same experts
   vocabulary  embedding and head, rows split over all devices of the union mesh
 
 In [v, p, ...] C order is layer order (layer = row * p + stage). Masters and optimizer state are
@@ -28,7 +29,8 @@ from disag_jax.geometry import Geometry, make_geometry
 from disag_jax.phases import Layouts
 from disag_jax.pipeline import EVERYWHERE, PER_WORKER, VOCABULARY_SPECS
 from mesh.placement import EXPERT, STAGE, Meshes
-from mesh.views import role_views, union_view
+from mesh.roles import Role
+from mesh.views import ATTENTION_ROWS, EXPERT_ROWS, role_views, union_view
 
 ROUTED, SHARED = "experts", "shared_experts"
 GROUPS = ("attention", "expert", "vocabulary")
@@ -45,7 +47,7 @@ class TrainState:
       step: optimizer steps done.
       params, opt_state: by group; see the module's docstring.
       router_bias: [L, E], on every device.
-      rows: [W, v, P] packed weights of every worker, in the compute type.
+      rows: [W, v, P] packed weights of every worker, in the compute type (mesh/views.py).
       vocabulary: the vocabulary's weights in the compute type.
     """
 
@@ -121,10 +123,7 @@ class StateManager:
         self.geometry = make_geometry(config)
         self.layouts = Layouts.of(self.geometry)
         self.groups = _make_groups(config, meshes, self.geometry)
-        self._rows_spec = {
-            "attention": PartitionSpec(STAGE),
-            "expert": PartitionSpec((STAGE, EXPERT)),
-        }
+        self._rows_spec = {"attention": ATTENTION_ROWS, "expert": EXPERT_ROWS}
         self._pack = {
             "attention": functools.partial(_pack_attention, self.layouts),
             "expert": functools.partial(_pack_expert, self.layouts),
@@ -188,16 +187,19 @@ class StateManager:
             router_bias=self._on_union(
                 self.geometry.wides(model.num_layers, model.num_experts), EVERYWHERE
             ),
-            rows=self._on_union(
-                self.geometry.floats(
-                    self.meshes.placement.num_devices,
-                    self.config.layers_per_stage,
-                    self.layouts.num_columns,
-                ),
-                PER_WORKER,
-            ),
+            rows=self._abstract_rows(),
             vocabulary=vocabulary.abstract(copies, VOCABULARY_SPECS),
         )
+
+    def _abstract_rows(self):
+        def rows(role):
+            shape = (self.config.layers_per_stage, self.layouts.num_columns(role))
+            leaf = self.geometry.floats(self.meshes.placement.num_devices, *shape)
+            return self._on_union(leaf, PER_WORKER)
+
+        if self.layouts.colocated:
+            return {role.label: rows(role) for role in Role}
+        return rows(Role.ATTENTION)
 
     def lower_updates(self) -> dict[str, jax.stages.Lowered]:
         """The update program of each group, traced for the state's shapes but not compiled."""
@@ -272,9 +274,10 @@ class StateManager:
         return (group.params, group.opt_state, copy), specs
 
     def _row_shape(self, name: str) -> jax.ShapeDtypeStruct:
-        placement = self.meshes.placement
-        lead = placement.stages * (placement.expert_workers if name == "expert" else 1)
-        return self.geometry.floats(lead, self.config.layers_per_stage, self.layouts.num_columns)
+        placement, role = self.meshes.placement, Role[name.upper()]
+        lead = placement.stages * (placement.expert_workers if role is Role.EXPERT else 1)
+        columns = self.layouts.num_columns(role)
+        return self.geometry.floats(lead, self.config.layers_per_stage, columns)
 
     def _shard_map(self, group: Group, function, in_specs, out_specs, **jit_options):
         mapped = jax.shard_map(
@@ -352,12 +355,12 @@ _INIT = {"attention": _init_attention, "expert": _init_expert, "vocabulary": _in
 
 def _pack_attention(layouts: Layouts, params, dtype):
     """Local leaves [v, 1, ...] to rows [1, v, P]."""
-    rows = layouts.attention.pack(jax.tree.map(lambda x: x[:, 0], params), layouts.num_columns)
-    return rows[None].astype(dtype)
+    layer = jax.tree.map(lambda x: x[:, 0], params)
+    return _pack(layouts, Role.ATTENTION, layer, dtype)
 
 
 def _unpack_attention(layouts: Layouts, rows):
-    return jax.tree.map(lambda x: x[:, None], layouts.attention.unpack(rows[0]))
+    return jax.tree.map(lambda x: x[:, None], layouts[Role.ATTENTION].unpack(rows[0]))
 
 
 def _pack_expert(layouts: Layouts, params, dtype):
@@ -367,11 +370,15 @@ def _pack_expert(layouts: Layouts, params, dtype):
         join = lambda routed, shared: jnp.concatenate([routed, shared], axis=2)  # noqa: E731
         experts = jax.tree.map(join, experts, params[SHARED])
     layer = {ROUTED: jax.tree.map(lambda x: x[:, 0], experts)}
-    return layouts.expert.pack(layer, layouts.num_columns)[None].astype(dtype)
+    return _pack(layouts, Role.EXPERT, layer, dtype)
+
+
+def _pack(layouts: Layouts, role: Role, layer, dtype):
+    return layouts[role].pack(layer, layouts.num_columns(role))[None].astype(dtype)
 
 
 def _unpack_expert(layouts: Layouts, geometry: Geometry, rows):
-    experts = jax.tree.map(lambda x: x[:, None], layouts.expert.unpack(rows[0])[ROUTED])
+    experts = jax.tree.map(lambda x: x[:, None], layouts[Role.EXPERT].unpack(rows[0])[ROUTED])
     per_worker = geometry.places.per_worker
     params = {ROUTED: jax.tree.map(lambda x: x[:, :, :per_worker], experts)}
     if geometry.config.model.num_shared_experts:

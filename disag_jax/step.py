@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from disag_jax import memory
 from disag_jax import optimizer as optimizer_lib
 from disag_jax.batches import Batch, Batches
 from disag_jax.config import Config
@@ -15,7 +16,7 @@ from disag_jax.errors import RunError
 from disag_jax.geometry import Bucket, buckets, make_geometry
 from disag_jax.pipeline import PER_WORKER, evaluation_program, gradient_program
 from disag_jax.profiling import Stopwatch
-from disag_jax.schedule import make_forward_schedule, make_schedule
+from disag_jax.schedule import make_forward_schedule, schedule_of
 from disag_jax.schedule_check import check
 from disag_jax.state import StateManager, TrainState
 from mesh.placement import Meshes
@@ -72,12 +73,12 @@ class Stepper:
         self.config, self.meshes = config, meshes
         self.manager = StateManager(config, meshes)
         self.learning_rate = optimizer_lib.learning_rate(config)
-        sizes = (config.model.num_layers, config.split.stages, config.batch.micro_batches)
-        self.schedule = make_schedule(*sizes, config.split.hop)
+        self.schedule = schedule_of(config)
         check(self.schedule)
-        self._forward_schedule = make_forward_schedule(*sizes, config.split.hop)
+        self._forward_schedule = schedule_of(config, make_forward_schedule)
         self.chooser = BucketChooser(buckets(config))
-        self._gradient_programs, self._evaluation_programs = {}, {}
+        self._compiled_programs, self._evaluation_programs = {}, {}
+        self._has_updated = False
 
     def init(self, seed: int) -> TrainState:
         return self.manager.init(seed)
@@ -90,11 +91,11 @@ class Stepper:
         program was. Raises NonFiniteLossError, with the state untouched.
         """
         batch = self._placed(batch)
-        watch, num_programs = Stopwatch(), len(self._gradient_programs)
+        watch, num_programs = Stopwatch(), len(self._compiled_programs)
         outputs, metrics = self._run_until_it_fits(
             state,
             watch,
-            lambda bucket: self.gradient_program(bucket)(
+            lambda bucket: self.compiled_program(bucket)(
                 state.rows, state.vocabulary, state.router_bias, batch
             ),
             read_metrics=lambda outputs: outputs[-1],
@@ -113,7 +114,9 @@ class Stepper:
             state = self.manager.update(
                 state, row_grads, vocabulary_grads, router_bias, factor, rate
             )
-        compiled = len(self._gradient_programs) > num_programs
+        # The update programs compile at their first call.
+        compiled = len(self._compiled_programs) > num_programs or not self._has_updated
+        self._has_updated = True
         return state, metrics | watch.seconds | {"learning_rate": rate, "compiled": compiled}
 
     def evaluate(self, state: TrainState, batch: Batch) -> dict:
@@ -160,8 +163,8 @@ class Stepper:
         def place(field):
             def shard(index):
                 replica, worker = divmod(index[0].start or 0, placement.workers)
-                _, role, rank = placement.describe(worker)
-                if role is Role.EXPERT:
+                rank = placement.rank_of(worker, Role.ATTENTION)
+                if rank is None:
                     return np.zeros((1, *per_worker), np.int32)
                 return getattr(rows_of(replica, rank), field).reshape(1, *per_worker)
 
@@ -198,11 +201,23 @@ class Stepper:
         return state.rows, state.vocabulary, state.router_bias, batch
 
     def gradient_program(self, bucket: Bucket):
-        """The jitted training pipeline for a bucket, compiled at its first call."""
-        if bucket not in self._gradient_programs:
-            geometry = make_geometry(self.config, bucket)
-            self._gradient_programs[bucket] = gradient_program(geometry, self.meshes, self.schedule)
-        return self._gradient_programs[bucket]
+        """The jitted training pipeline for a bucket."""
+        geometry = make_geometry(self.config, bucket)
+        return gradient_program(geometry, self.meshes, self.schedule)
+
+    def compiled_program(self, bucket: Bucket) -> jax.stages.Compiled:
+        """The training pipeline for a bucket, compiled when it is first asked for."""
+        if bucket not in self._compiled_programs:
+            lowered = self.gradient_program(bucket).lower(*self.abstract_arguments())
+            self._compiled_programs[bucket] = lowered.compile()
+        return self._compiled_programs[bucket]
+
+    def check_memory(self):
+        """ConfigError with the bytes missing if the smallest bucket's program does not fit."""
+        program = self.compiled_program(self.chooser.options[0])
+        memory.check(
+            memory.needed_bytes(self.manager, program), memory.available_bytes(self.meshes)
+        )
 
     def _evaluation_program(self, bucket: Bucket):
         if bucket not in self._evaluation_programs:

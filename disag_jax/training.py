@@ -67,6 +67,7 @@ def train(
     directory = Workdir(workdir)
     processes.on_first(lambda: directory.open(config, resume=resume))
     stepper = Stepper(config, meshes)
+    stepper.check_memory()
     checkpoints = Checkpoints(
         directory.checkpoints,
         stepper.manager,
@@ -98,11 +99,25 @@ def make_meshes(config: Config) -> Meshes:
     """The meshes over all devices; ConfigError if their number is not the split's."""
     placement, devices = placement_of(config), jax.devices()
     if len(devices) != placement.num_devices:
+        has_none = len(devices) == 1 and devices[0].platform == "cpu"
+        hint = ": no accelerator was found, and --cpu_devices simulates devices" if has_none else ""
         raise ConfigError(
-            f"split = {placement.num_devices} devices (replicas * stages * (attention_workers + "
-            f"expert_workers)) must equal the {len(devices)} {devices[0].platform} devices here"
+            f"split = {placement.num_devices} devices ({_product(config)}) must equal the "
+            f"{len(devices)} {devices[0].platform} devices here{hint}"
+        )
+    kinds = sorted({device.device_kind for device in devices})
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"split = {placement.num_devices} devices must be of one kind, not {', '.join(kinds)}: "
+            "the schedule waits for the slowest"
         )
     return Meshes.make(placement, devices)
+
+
+def _product(config: Config) -> str:
+    if config.split.colocated:
+        return "replicas * stages * attention_workers, all of them expert workers too"
+    return "replicas * stages * (attention_workers + expert_workers)"
 
 
 def _loop(

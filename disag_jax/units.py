@@ -38,10 +38,13 @@ from layers.router import (
 
 
 class AttentionStash(NamedTuple):
-    """h: [T, D], the unit's input; origin: int32 [R, C] of the message it came from; dispatch."""
+    """h: [T, D], the unit's input; origin: int32 [R, C] of the message it came from; dispatch.
+
+    Co-located, h comes from no message and `origin` is None.
+    """
 
     h: jax.Array
-    origin: jax.Array
+    origin: jax.Array | None
     dispatch: Dispatch
 
 
@@ -81,7 +84,8 @@ class AttentionUnit:
 
     def stash_template(self) -> AttentionStash:
         g = self.geometry
-        return AttentionStash(g.floats(g.T, g.D), g.ints(g.R, g.C), dispatch_template(g))
+        origin = None if g.placement.colocated else g.ints(g.R, g.C)
+        return AttentionStash(g.floats(g.T, g.D), origin, dispatch_template(g))
 
     def forward(self, params, bias_E, h_TD, origin, rank, segments_BS=None):
         """Returns (Message, AttentionStash, RoutingStats) for the combined input h.

@@ -54,6 +54,37 @@ class RingTransport:
         return _exchange(words, self._backward)
 
 
+class StageTransport:
+    """Transport of the co-located twin: whole hidden states between the stages' equal ranks.
+
+    `send_forward` and `send_backward` as in `RingTransport`, for one array of any shape.
+    """
+
+    def __init__(self, placement: Placement):
+        size = placement.stage_workers
+        next_stage = [(w, (w + size) % placement.workers) for w in range(placement.workers)]
+        self._is_single = placement.stages == 1
+        self._forward = next_stage
+        self._backward = [(b, a) for a, b in next_stage]
+
+    def send_forward(self, x):
+        return x if self._is_single else lax.ppermute(x, WORKER, self._forward)
+
+    def send_backward(self, x):
+        return x if self._is_single else lax.ppermute(x, WORKER, self._backward)
+
+
+def exchange_in_group(words, placement: Placement):
+    """All-to-all among the workers that hold a stage's experts: slot i goes to the i-th of them.
+
+    Returns words [R, ...], slot i from the i-th. It is its own inverse.
+    """
+    if placement.expert_workers == 1:
+        return words
+    groups = placement.expert_groups()
+    return lax.all_to_all(words, WORKER, 0, 0, axis_index_groups=groups, tiled=True)
+
+
 def _exchange(words, rounds):
     received = [lax.ppermute(words[r], WORKER, pairs) for r, pairs in enumerate(rounds)]
     return jnp.stack(received)

@@ -8,3 +8,8 @@ class Role(enum.IntEnum):
 
     ATTENTION = 0
     EXPERT = 1
+
+    @property
+    def label(self) -> str:
+        """Its name in reports, and of its parameters."""
+        return self.name.lower()

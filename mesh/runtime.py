@@ -1,6 +1,38 @@
-"""Start-up of the JAX runtime."""
+"""Start-up of the JAX runtime: the one place that sets XLA flags and environment variables.
+
+What a user has set in the environment stays; each default can be overridden there. JAX and XLA read
+all of it when the first device is asked for.
+"""
 
 import os
+
+# Of GPUs. XLA ends a process that sets a flag it does not know: only flags of all versions that the
+# requirements admit.
+GPU_FLAGS = {
+    # Chosen by XLA on most GPUs, but not where a program has a collective it cannot estimate.
+    "--xla_gpu_enable_latency_hiding_scheduler": "true",
+}
+GPU_ENVIRONMENT = {
+    # JAX takes three quarters by default; nothing else runs on a training GPU.
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+    # Loading a kernel while NCCL waits on another GPU can block both; roles load different ones.
+    "CUDA_MODULE_LOADING": "EAGER",
+}
+DETERMINISTIC_FLAGS = {"--xla_gpu_deterministic_ops": "true"}
+
+
+def start(cpu_devices: int, deterministic: bool = False):
+    """Prepares this process for simulated CPU devices, or for accelerators where it is 0.
+
+    deterministic: bitwise equal results of equal runs also on GPUs, at some cost
+      (docs/performance.md); on the CPU they are so anyway.
+    """
+    if cpu_devices:
+        simulate_cpu_devices(cpu_devices)
+        return
+    for name, value in GPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    _add_flags(GPU_FLAGS | (DETERMINISTIC_FLAGS if deterministic else {}), override=False)
 
 
 def simulate_cpu_devices(num_devices: int):
@@ -16,5 +48,13 @@ def simulate_cpu_devices(num_devices: int):
         "--xla_force_host_platform_device_count": str(num_devices),
         "--xla_cpu_collective_call_terminate_timeout_seconds": "60",
     }
-    kept = [f for f in os.environ.get("XLA_FLAGS", "").split() if f.split("=")[0] not in flags]
-    os.environ["XLA_FLAGS"] = " ".join(kept + [f"{k}={v}" for k, v in flags.items()])
+    _add_flags(flags, override=True)
+
+
+def _add_flags(flags: dict[str, str], override: bool):
+    """Adds XLA flags; one that the user has set gives way only to `override`."""
+    given = os.environ.get("XLA_FLAGS", "").split()
+    names = {flag.split("=")[0] for flag in given}
+    kept = [flag for flag in given if not (override and flag.split("=")[0] in flags)]
+    added = [f"{k}={v}" for k, v in flags.items() if override or k not in names]
+    os.environ["XLA_FLAGS"] = " ".join(kept + added)

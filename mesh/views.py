@@ -11,6 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mesh.placement import ALL_DEVICES, EXPERT, STAGE, Meshes
 
+ATTENTION_ROWS = PartitionSpec(STAGE)
+EXPERT_ROWS = PartitionSpec((STAGE, EXPERT))
+
 
 def rewrap(arrays, shape, sharding, dtype):
     """An array of `shape` and `sharding` made of the device buffers of `arrays`.
@@ -23,21 +26,30 @@ def rewrap(arrays, shape, sharding, dtype):
 
 
 def role_views(meshes: Meshes, rows):
-    """Union rows [W, v, P] as (attention rows [p, v, P], expert rows [p * N, v, P]).
+    """Union rows as (attention rows [p, v, P], expert rows [p * N, v, P]).
 
-    The rows of a stage's attention workers, and of all replicas, must be equal.
+    rows: [W, v, P], each worker's of its role; or, co-located, {"attention": .., "expert": ..}. The
+    rows of a stage's attention workers, of copies of experts and of all replicas must be equal.
     """
-    placement, tail = meshes.placement, rows.shape[1:]
-    attention = NamedSharding(meshes.attention, PartitionSpec(STAGE))
-    expert = NamedSharding(meshes.expert, PartitionSpec((STAGE, EXPERT)))
+    placement = meshes.placement
+    attention, expert = (rows["attention"], rows["expert"]) if placement.colocated else (rows, rows)
+    num_experts = placement.stages * placement.expert_workers
     return (
-        rewrap([rows], (placement.stages, *tail), attention, rows.dtype),
-        rewrap([rows], (placement.stages * placement.expert_workers, *tail), expert, rows.dtype),
+        _view(attention, placement.stages, NamedSharding(meshes.attention, ATTENTION_ROWS)),
+        _view(expert, num_experts, NamedSharding(meshes.expert, EXPERT_ROWS)),
     )
 
 
 def union_view(meshes: Meshes, attention_rows, expert_rows):
     """The inverse of `role_views`."""
-    shape = (meshes.placement.num_devices, *attention_rows.shape[1:])
+    lead = meshes.placement.num_devices
     sharding = NamedSharding(meshes.union, PartitionSpec(ALL_DEVICES))
+    if meshes.placement.colocated:
+        parts = {"attention": attention_rows, "expert": expert_rows}
+        return {name: _view(rows, lead, sharding) for name, rows in parts.items()}
+    shape = (lead, *attention_rows.shape[1:])
     return rewrap([attention_rows, expert_rows], shape, sharding, attention_rows.dtype)
+
+
+def _view(rows, lead: int, sharding):
+    return rewrap([rows], (lead, *rows.shape[1:]), sharding, rows.dtype)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from disag_jax.config import SplitConfig
-from disag_jax.phases import Phases
+from disag_jax.pipeline import make_phases
 from tests import support
 
 COPY = re.compile(r"= (\w+\[[\d,]*\])\S* copy\(")
@@ -31,10 +31,10 @@ def loop_buffers(stepper):
     """Shapes in HLO of what lives in the loop's carry for the whole step."""
     config, layouts = stepper.config, stepper.manager.layouts
     geometry = stepper.manager.geometry
-    pool = Phases(geometry, stepper.schedule).pool
+    pool = make_phases(geometry, stepper.schedule).pool
     wide = f"f{8 * np.dtype(geometry.wide_dtype).itemsize}"
     return {
-        "row gradients": f"{wide}[{config.layers_per_stage},{layouts.num_columns}]",
+        "row gradients": f"{wide}[{config.layers_per_stage},{layouts.worker_columns}]",
         "stash": f"u{8 * geometry.compute_dtype.itemsize}[{pool.num_blocks},1024]",
         "head gradients": f"{wide}[{config.model.vocab_size},{config.model.d_model}]",
     }
@@ -64,14 +64,14 @@ def test_more_layers_need_temporary_memory_for_their_stash_alone(compiled):
     few, many = compiled, compile_program(num_layers=12)
 
     def stash(stepper):
-        return Phases(stepper.manager.geometry, stepper.schedule).pool.num_bytes
+        return make_phases(stepper.manager.geometry, stepper.schedule).pool.num_bytes
 
     def temporary(program):
         return program.memory_analysis().temp_size_in_bytes
 
     def row_gradients(stepper):
         wide = np.dtype(stepper.manager.geometry.wide_dtype).itemsize
-        return stepper.config.layers_per_stage * stepper.manager.layouts.num_columns * wide
+        return stepper.config.layers_per_stage * stepper.manager.layouts.worker_columns * wide
 
     grown = temporary(many[1]) - temporary(few[1]) - (stash(many[0]) - stash(few[0]))
     layers = row_gradients(many[0]) - row_gradients(few[0])

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from disag_jax.config import RouterScore, SplitConfig
+from disag_jax.config import PlacementKind, RouterScore, SplitConfig
 from tests import reference, support
 
 TOLERANCE = 1e-10
@@ -90,6 +90,30 @@ MODELS = {
 def test_every_kind_of_model_equals_the_oracle(name):
     metrics = check_against_oracle(support.small_config(split(1, 2, 3), 2, **MODELS[name]))
     assert (metrics["dropped_pairs"].sum() > 0) == ("dropping" in name)
+
+
+def together(stages, workers, sharing, **more):
+    """A co-located split: `sharing` of a stage's workers hold all of its experts among them."""
+    return split(stages, workers, sharing, placement=PlacementKind.COLOCATED, **more)
+
+
+TWINS = {
+    "one device": (together(1, 1, 1), 3, {}),
+    "2": (together(1, 2, 2), 2, {}),
+    "2, data parallel": (together(1, 2, 1), 2, {}),
+    "4, folded": (together(1, 4, 2), 2, {"num_experts": 7, "num_shared_experts": 1}),
+    "8": (together(1, 8, 8), 2, {"num_experts": 9, "top_k": 3}),
+    "8, folded": (together(1, 8, 4), 2, {"num_experts": 7}),
+    "two stages, uneven layers": (together(2, 2, 2), 5, {"num_layers": 3}),
+    "four stages, few micro-batches": (together(4, 2, 1), 3, {"num_layers": 6}),
+    "two replicas of two stages": (together(2, 2, 2, replicas=2), 3, {"num_shared_experts": 1}),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_every_twin_equals_the_oracle(name):
+    split_config, micro_batches, model = TWINS[name]
+    check_against_oracle(support.small_config(split_config, micro_batches, **model))
 
 
 @pytest.mark.parametrize(

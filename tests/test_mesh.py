@@ -14,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mesh.m2n import RingTransport, forward_pairs, pick_slots, place_slots
+from mesh.m2n import (
+    RingTransport,
+    StageTransport,
+    exchange_in_group,
+    forward_pairs,
+    pick_slots,
+    place_slots,
+)
 from mesh.packing import RowLayout
 from mesh.placement import ALL_DEVICES, ExpertPlaces, Meshes, Placement, Whoami
 from mesh.roles import Role
@@ -42,6 +49,13 @@ def every_worker(placement):
                 yield stage, role, rank
 
 
+def describe(placement, worker):
+    """(stage, role, rank) of a disaggregated worker."""
+    ranks = {role: placement.rank_of(worker, role) for role in Role}
+    ((role, rank),) = ((role, rank) for role, rank in ranks.items() if rank is not None)
+    return placement.stage_of(worker), role, rank
+
+
 @functools.cache
 def meshes_of(placement):
     return Meshes.make(placement, jax.devices()[: placement.num_devices])
@@ -62,8 +76,8 @@ def on_workers(placement, function, *arrays):
 
 @settings(deadline=None)
 @given(placements)
-def test_describe_is_the_inverse_of_worker(placement):
-    described = [placement.describe(worker) for worker in range(placement.workers)]
+def test_stage_and_rank_are_the_inverse_of_worker(placement):
+    described = [describe(placement, worker) for worker in range(placement.workers)]
     assert described == list(every_worker(placement))
     assert [placement.worker(*who) for who in described] == list(range(placement.workers))
     assert placement.num_devices == placement.replicas * placement.workers
@@ -79,27 +93,56 @@ def test_groups_are_partitions_and_share_no_group_of_several_devices(placement):
     assert not several[0] & several[1]
     for groups, part in zip(partitions, (slice(2), slice(1)), strict=True):
         for group in groups:
-            assert len({placement.describe(worker)[part] for worker in group}) == 1
+            assert len({describe(placement, worker)[part] for worker in group}) == 1
 
 
-@pytest.mark.parametrize("placement", [Placement(1, 2, 1, 3), Placement(2, 2, 1, 1)], ids=str)
+@settings(deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+def test_groups_of_the_twin(replicas, stages, sharing, copies):
+    """Every group holds each expert rank once, and copies are one worker of each group."""
+    placement = Placement(replicas, stages, sharing * copies, sharing, colocated=True)
+    assert placement.num_devices == replicas * stages * sharing * copies
+    assert placement.expert_copies == copies
+    groups, copied = placement.expert_groups(), placement.expert_copy_groups()
+    for partition in (groups, copied, placement.stage_groups()):
+        assert sorted(itertools.chain(*partition)) == list(range(placement.workers))
+    for group in groups:
+        assert [placement.rank_of(w, Role.EXPERT) for w in group] == list(range(sharing))
+    for group in copied:
+        assert len(group) == copies
+        assert len({placement.rank_of(w, Role.EXPERT) for w in group}) == 1
+    for group in groups + copied:
+        assert len({placement.stage_of(worker) for worker in group}) == 1
+    for stage, rank in itertools.product(range(stages), range(sharing * copies)):
+        worker = placement.worker(stage, Role.ATTENTION, rank)
+        assert placement.rank_of(worker, Role.ATTENTION) == rank
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [Placement(1, 2, 1, 3), Placement(2, 2, 1, 1), Placement(1, 2, 4, 2, colocated=True)],
+    ids=str,
+)
 def test_whoami_describes_the_executing_worker(placement):
-    def describe(_):
+    def say(_):
         me = Whoami.of(placement)
-        return jnp.stack([me.replica, me.worker, me.stage, me.is_attention, me.rank])
+        played = [jnp.where(me.plays[role], me.rank[role], -1) for role in Role]
+        return jnp.stack([me.replica, me.worker, me.stage, *played])
 
-    found = on_workers(placement, describe, np.zeros(placement.num_devices))
+    found = on_workers(placement, say, np.zeros(placement.num_devices))
     for index, row in enumerate(found):
         replica, worker = divmod(index, placement.workers)
-        stage, role, rank = placement.describe(worker)
-        assert row.tolist() == [replica, worker, stage, role is Role.ATTENTION, rank]
+        ranks = [placement.rank_of(worker, role) for role in Role]
+        played = [-1 if rank is None else rank for rank in ranks]
+        assert row.tolist() == [replica, worker, placement.stage_of(worker), *played]
 
 
 def test_meshes_hold_each_device_in_its_roles_submesh():
     placement = Placement(2, 1, 3, 1)
     meshes = meshes_of(placement)
     for role, mesh in ((Role.ATTENTION, meshes.attention), (Role.EXPERT, meshes.expert)):
-        for (replica, stage, rank), device in np.ndenumerate(mesh.devices):
+        devices = mesh.devices.reshape(2, 1, -1)
+        for (replica, stage, rank), device in np.ndenumerate(devices):
             worker = placement.worker(stage, role, rank)
             assert meshes.union.devices[replica, worker] is device
     with pytest.raises(ValueError, match=r"devices = 7 must equal .* = 8"):
@@ -163,8 +206,8 @@ def test_slots_agree_with_the_rounds(placement):
     slots = np.arange(placement.rounds)
     for r, pairs in enumerate(forward_pairs(placement)):
         for source, target in pairs:
-            _, role, rank = placement.describe(source)
-            other = placement.describe(target)[2]
+            _, role, rank = describe(placement, source)
+            other = describe(placement, target)[2]
             i, j = (rank, other) if role is Role.ATTENTION else (other, rank)
             assert j == (i + r) % placement.rounds
             assert r in pick_slots(slots, j, placement.attention_workers)
@@ -214,6 +257,36 @@ def test_a_transfer_brings_every_slot_to_its_partner_and_back(placement):
                     arrived[at, r], sent[replica * num_workers + source, r]
                 )
                 np.testing.assert_array_equal(returned[at, r], sent[at, r])
+
+
+@pytest.mark.parametrize("sharing", [1, 2, 4])
+def test_an_exchange_brings_slots_to_the_workers_of_the_group_and_back(sharing):
+    placement = Placement(1, 2, 4, sharing, colocated=True)
+
+    def there_and_back(words):
+        arrived = exchange_in_group(words, placement)
+        return arrived, exchange_in_group(arrived, placement)
+
+    sent = np.arange(8 * sharing * 2).reshape(8, sharing, 2)
+    arrived, returned = on_workers(placement, there_and_back, sent)
+    np.testing.assert_array_equal(returned, sent)
+    for group in placement.expert_groups():
+        for place, worker in enumerate(group):
+            np.testing.assert_array_equal(arrived[worker], sent[group, place])
+
+
+def test_stages_pass_hidden_states_on_and_back():
+    placement = Placement(1, 4, 2, 1, colocated=True)
+
+    def there_and_back(x):
+        transport = StageTransport(placement)
+        arrived = transport.send_forward(x)
+        return arrived, transport.send_backward(arrived)
+
+    sent = np.arange(8.0)
+    arrived, returned = on_workers(placement, there_and_back, sent)
+    np.testing.assert_array_equal(arrived, np.roll(sent, 2))
+    np.testing.assert_array_equal(returned, sent)
 
 
 # Words

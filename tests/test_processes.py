@@ -68,8 +68,6 @@ def start(config_file, workdir, devices, *arguments):
         *arguments,
     ]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    # Every process compiles the same program for a few steps: do it quickly.
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,

@@ -45,15 +45,25 @@ def held_inputs(schedule):
 
 
 @settings(max_examples=200, deadline=None)
-@given(sizes())
-def test_every_schedule_passes_the_check(size):
-    check(make_schedule(*size))
-    check(make_forward_schedule(*size))
+@given(sizes(), st.booleans())
+def test_every_schedule_passes_the_check(size, colocated):
+    check(make_schedule(*size, colocated=colocated))
+    check(make_forward_schedule(*size, colocated=colocated))
 
 
-def test_every_small_schedule_passes_the_check():
+@pytest.mark.parametrize("colocated", [False, True])
+def test_every_small_schedule_passes_the_check(colocated):
     for size in exhaustive_sizes():
-        check(make_schedule(*size))
+        check(make_schedule(*size, colocated=colocated))
+
+
+def test_one_colocated_stage_never_waits_but_at_the_first_loss():
+    """Plain training: layer after layer, one micro-batch's backward beside the next's forward."""
+    schedule = make_schedule(3, 1, 4, colocated=True)
+    forward, backward = (busy(table)[:, 0, 0] for table in (schedule.forward, schedule.backward))
+    assert forward.tolist() == [True] * 12 + [False] * 4
+    assert backward.tolist() == [False] * 4 + [True] * 12
+    assert schedule.stash_slots == (5, 5)
 
 
 @settings(max_examples=200, deadline=None)

@@ -344,12 +344,13 @@ def test_backward_units_choose_and_sort_nothing(arguments):
 
 
 @pytest.mark.parametrize("role", Role)
-def test_stashes_have_their_template_and_survive_the_pool(role):
+@pytest.mark.parametrize("colocated", [False, True])
+def test_stashes_have_their_template_and_survive_the_pool(role, colocated):
     templates = {
         Role.ATTENTION: AttentionUnit(GEOMETRY).stash_template(),
         Role.EXPERT: ExpertUnit(GEOMETRY).stash_template(),
     }
-    pool = StashPool(templates, (2, 3), GEOMETRY.compute_dtype)
+    pool = StashPool(templates, (2, 3), GEOMETRY.compute_dtype, colocated)
     if role is Role.ATTENTION:
         stash = attention_forward()[0][1]
     else:
@@ -359,9 +360,13 @@ def test_stashes_have_their_template_and_survive_the_pool(role):
 
     @jax.jit
     def write_and_read(stash, other):
+        # Entries of the other role lie elsewhere where a worker plays both.
+        others = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), templates[1 - role])
         words = pool.zeros()
         for slot, entry in ((0, other), (1, stash), (0, other)):
             words = pool.write(words, role, jnp.int32(slot), entry)
+            if colocated:
+                words = pool.write(words, Role(1 - role), jnp.int32(slot), others)
         return pool.read(words, role, jnp.int32(1)), pool.read(words, role, jnp.int32(0))
 
     jax.tree.map(np.testing.assert_array_equal, write_and_read(stash, other), (stash, other))

@@ -1,0 +1,133 @@
+"""Measures the units of work, a step or the transfers of a config, each against its floor.
+
+  python -m disag_jax.bench units --config configs/balanced.py
+  python -m disag_jax.bench step --config configs/balanced.py
+  python -m disag_jax.bench transfer --config configs/balanced.py
+
+`--out FILE` keeps the figures as JSON, and `--compare FILE` says which of them have moved since by
+more than the noise of both measurements. Units run on one device, a step and transfers on all of
+the config's.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+
+import jax
+import rich.console
+import rich.table
+
+from disag_jax.config import Config, ConfigError, Dtype
+from disag_jax.timing import Figure
+
+# A figure has moved if it differs by more than this besides the noise: clocks vary that much.
+LEAST_CHANGE = 0.02
+
+
+def table(title: str, figures: list[Figure]) -> rich.table.Table:
+    """Figures with their floors."""
+    columns = list(dict.fromkeys(name for figure in figures for name in figure.extra))
+    made = rich.table.Table(title=title)
+    for name in ("", "ms", "noise", "floor, ms", "floor/time", *columns):
+        made.add_column(name, justify="right" if name else "left")
+    for f in figures:
+        floor = "" if f.floor_milliseconds is None else f"{f.floor_milliseconds:.3f}"
+        share = "" if f.share_of_floor is None else f"{f.share_of_floor:.0%}"
+        extra = [str(f.extra.get(name, "")) for name in columns]
+        made.add_row(f.name, f"{f.milliseconds:.3f}", f"{f.noise:.1%}", floor, share, *extra)
+    return made
+
+
+def changes(before: list[Figure], now: list[Figure]) -> list[str]:
+    """A sentence for each figure that moved beyond the noise of both, or is in one list only."""
+    old, found = {figure.name: figure for figure in before}, []
+    for figure in now:
+        if figure.name not in old:
+            found.append(f"{figure.name}: new")
+            continue
+        reference = old.pop(figure.name)
+        change = figure.milliseconds / reference.milliseconds - 1
+        if abs(change) > max(LEAST_CHANGE, figure.noise + reference.noise):
+            found.append(
+                f"{figure.name}: {reference.milliseconds:.3f} -> {figure.milliseconds:.3f} ms "
+                f"({change:+.1%})"
+            )
+    return found + [f"{name}: not measured now" for name in old]
+
+
+def write(path: str, what: str, config: Config, figures: list[Figure]):
+    """Keeps figures with what they were measured on."""
+    devices = jax.devices()
+    record = {
+        "what": what,
+        "config": config.name,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "jax": jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "figures": [dataclasses.asdict(figure) for figure in figures],
+    }
+    try:
+        pathlib.Path(path).write_text(json.dumps(record, indent=2))
+    except OSError as error:
+        raise ConfigError(f"--out = {path!r} must be writable: {error.strerror}") from error
+
+
+def read(path: str, what: str) -> list[Figure]:
+    """The figures that `write` kept; ConfigError if they are none, or of something else."""
+    try:
+        record = json.loads(pathlib.Path(path).read_text())
+        figures = [Figure(**figure) for figure in record["figures"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--compare = {path!r} must be a file that --out wrote: {error}"
+        ) from error
+    if record["what"] != what:
+        raise ConfigError(f"--compare = {path!r} must hold {what}, not {record['what']}")
+    return figures
+
+
+def main(what: str, config: Config, out: str | None, compare: str | None):
+    """Measures, prints and keeps the figures."""
+    from disag_jax import bench_step, bench_transfer, bench_units
+
+    measures = {
+        "units": bench_units.measure,
+        "step": bench_step.measure,
+        "transfer": bench_transfer.measure,
+    }
+    if what not in measures:
+        raise ConfigError(f"{what!r} must be one of {', '.join(measures)}")
+    config.validate()
+    if config.run.compute_dtype is Dtype.FLOAT64:
+        jax.config.update("jax_enable_x64", True)
+    before = read(compare, what) if compare else None
+    figures = measures[what](config)
+    devices = jax.devices()
+    title = f"{what} of {config.name}, {devices[0].device_kind}, jax {jax.__version__}"
+    rich.console.Console(width=120).print(table(title, figures))
+    if out:
+        write(out, what, config, figures)
+    if before is not None:
+        moved = changes(before, figures)
+        print("\n".join(moved) if moved else f"nothing moved beyond noise since {compare}")
+
+
+if __name__ == "__main__":
+    from absl import flags
+
+    from disag_jax import cli
+
+    _CONFIG = cli.define_config_flag()
+    _OUT = flags.DEFINE_string("out", None, "file to keep the figures in, as JSON")
+    _COMPARE = flags.DEFINE_string("compare", None, "figures of before, to compare with")
+    _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
+    flags.mark_flag_as_required("config")
+
+    def _run(what: str):
+        from mesh import runtime
+
+        runtime.start(_CPU_DEVICES.value)
+        main(what, _CONFIG.value, _OUT.value, _COMPARE.value)
+
+    cli.run(_run, arguments="measurement (units, step or transfer)")

@@ -1,0 +1,63 @@
+"""Time of an optimizer step against its work bound.
+
+The work bound is what the slower role computes, and nothing else: the larger over the roles of
+K * v * (forward + backward) + its share of the losses, over 1 - idle share, from the units' times
+on one device of the same machine. Transfers, reductions, the optimizer and imbalance are not in it.
+"""
+
+import dataclasses
+import time
+
+import jax
+
+from disag_jax.bench_units import measure_rates, measure_units
+from disag_jax.config import Config
+from disag_jax.flops import model_flops
+from disag_jax.inputs import load_inputs
+from disag_jax.step import Stepper
+from disag_jax.timing import Figure, figure_of
+from disag_jax.training import make_meshes
+
+WARM_UP, STEPS = 2, 8
+
+
+def measure(config: Config) -> list[Figure]:
+    """The units, then steps on the config's text with the optimizer included."""
+    units = measure_units(config, measure_rates(config)[0])
+    stepper = Stepper(config, make_meshes(config))
+    batches, state = load_inputs(config).train, stepper.init(config.run.seed)
+    times, updates = [], []
+    for step in range(WARM_UP + STEPS):
+        batch = stepper.read_batch(batches, step)
+        began = time.perf_counter()
+        state, metrics = stepper.train_step(state, batch)
+        state.wait()
+        times.append(time.perf_counter() - began)
+        updates.append(times[-1] - metrics["pipeline_seconds"])
+    bound = work_bound(config, stepper.schedule.idle_share, units)
+    step = figure_of("step", times[WARM_UP:], floor_milliseconds=bound)
+    rate = config.tokens_per_step / (step.milliseconds / 1e3)
+    flops = model_flops(config).total * rate / config.split.num_devices
+    speed = {"tokens/s": f"{rate:,.0f}", "rate": f"{flops / 1e12:.3g} TFLOP/s a device"}
+    memory = {
+        f"peak of {device}": f"{device.memory_stats()['peak_bytes_in_use'] / 2**30:.1f} GiB"
+        for device in stepper.meshes.union.devices.flat
+        if device in jax.local_devices() and device.memory_stats()
+    }
+    return [
+        *units,
+        dataclasses.replace(step, extra=speed | memory),
+        figure_of("update, of it", updates[WARM_UP:]),
+    ]
+
+
+def work_bound(config: Config, idle_share: float, units: list[Figure]) -> float:
+    """Milliseconds of a step that nothing but the slower role's units take."""
+    ms = {figure.name: figure.milliseconds for figure in units}
+    loss = ms["loss, share of a worker"]
+    attention, expert = (
+        ms[f"{role} forward"] + ms[f"{role} backward"] for role in ("attention", "expert")
+    )
+    layer = attention + expert if config.split.colocated else max(attention, expert)
+    work = config.batch.micro_batches * (config.layers_per_stage * layer + loss)
+    return work / (1 - idle_share)

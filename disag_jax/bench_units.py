@@ -1,0 +1,229 @@
+"""Times of the units of work on one device, against what its measured rates allow at best.
+
+The floor of a unit is the larger of its model FLOPs over the rate of a large matrix product and its
+least memory traffic over the rate of a copy, both measured in the same run. Recomputed activations
+are no model FLOPs: a policy that recomputes cannot reach the floor of a backward unit.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from disag_jax.config import Config, ConfigError
+from disag_jax.dispatch import Cotangent
+from disag_jax.flops import FORWARD_AND_BACKWARD, model_flops
+from disag_jax.geometry import Bucket, Geometry, buckets, make_geometry
+from disag_jax.model import POST_NORM, init_attention_layer, init_experts
+from disag_jax.shared_loss import SharedLoss
+from disag_jax.timing import Figure, time_calls
+from disag_jax.units import AttentionUnit, ExpertUnit
+from layers.head import HeadParams, cross_entropy_and_grads
+from mesh.packing import RowLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What the device was measured to do: FLOP/s of a large product, bytes/s of a copy."""
+
+    flops: float
+    bytes: float
+
+    def floor(self, flops: float, num_bytes: float) -> float:
+        """The least milliseconds of this much work."""
+        return 1e3 * max(flops / self.flops, num_bytes / self.bytes)
+
+
+def measure(config: Config) -> list[Figure]:
+    """The units of the config's first workers, and the rates that their floors come from."""
+    rates, figures = measure_rates(config)
+    return figures + measure_units(config, rates)
+
+
+def measure_rates(config: Config) -> tuple[Rates, list[Figure]]:
+    """The device's rates for the config's compute type."""
+    is_gpu = jax.default_backend() == "gpu"
+    size, num_bytes = (8192, 2**30) if is_gpu else (512, 2**25)
+    dtype = jnp.dtype(config.run.compute_dtype.value)
+    square = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    words = jnp.zeros(num_bytes // 4, jnp.int32)
+    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
+    matmul = time_calls(f"matrix product {size}^3", lambda: product(square, square))
+    moved = time_calls(f"copy of {num_bytes >> 20} MiB", lambda: copy(words))
+    rates = Rates(2e3 * size**3 / matmul.milliseconds, 2e3 * num_bytes / moved.milliseconds)
+    facts = (f"{rates.flops / 1e12:.3g} TFLOP/s", f"{rates.bytes / 1e9:.3g} GB/s")
+    return rates, [
+        dataclasses.replace(figure, extra={"rate": fact})
+        for figure, fact in zip((matmul, moved), facts, strict=True)
+    ]
+
+
+def measure_units(config: Config, rates: Rates) -> list[Figure]:
+    """The units in the smallest transport bucket that holds what the routing needs."""
+    for bucket in buckets(config):
+        bench = _UnitBench(make_geometry(config, bucket), rates)
+        if bench.fits:
+            return bench.measure()
+    raise AssertionError("the last bucket holds everything")
+
+
+class _UnitBench:
+    """The units of attention worker 0 and expert worker 0 of one layer, fed as in a pipeline."""
+
+    def __init__(self, geometry: Geometry, rates: Rates):
+        g = self.g = geometry
+        self.rates, model = rates, g.config.model
+        self.attention, self.expert = AttentionUnit(g), ExpertUnit(g)
+        key, dtype = jax.random.key(0), g.compute_dtype
+        ids = np.concatenate(
+            [g.places.place_experts()[: g.places.per_worker],
+             model.num_experts + np.arange(model.num_shared_experts)]
+        )  # fmt: skip
+        self.attention_params = jax.jit(lambda: init_attention_layer(model, dtype, key, 0))()
+        post_norm = self.attention_params[POST_NORM]
+        experts = jax.jit(lambda: init_experts(model, dtype, key, 0, jnp.asarray(ids)))()
+        self.expert_params = {"experts": experts, POST_NORM: post_norm}
+        self.bias = jnp.zeros((g.E,), g.wide_dtype)
+        self.h = [self._draw(i, g.T, g.D) for i in range(g.M)]
+        colocated = g.placement.colocated
+        origin = None if colocated else jnp.zeros((g.R, g.C), jnp.int32)
+
+        def forward(params, bias, h, rank):
+            return self.attention.forward(params, bias, h, origin, rank)
+
+        self.attention_forward = jax.jit(forward)
+        outputs = [self._attend(i) for i in range(g.M)]
+        self.kept, stats = outputs[0][1], outputs[0][2]
+        slots = [0 if colocated else -i % g.R for i in range(g.M)]
+        self.inbox = jax.tree.map(
+            lambda *leaves: jnp.stack([x[s] for x, s in zip(leaves, slots, strict=True)]),
+            *(message for message, _, _ in outputs),
+        )
+        self.expert_forward = jax.jit(self.expert.forward)
+        finished, self.expert_kept, needed = self.expert_forward(self.expert_params, self.inbox)
+        self.dy = finished.x
+        needed = Bucket(int(stats.rows_needed), int(needed))
+        self.fits = needed.rows <= g.C and needed.sorted_rows <= g.P
+        self.pairs = int(jnp.sum(self.expert_kept.order.pair >= 0))
+
+    def measure(self) -> list[Figure]:
+        return [
+            self._time("attention forward", self._attend),
+            self._time("attention backward", self._attention_backward()),
+            self._time("expert forward", lambda: self.expert_forward(*self._expert_inputs())),
+            self._time("expert backward", self._expert_backward()),
+            self._time("loss, share of a worker", self._loss()),
+        ]
+
+    def _time(self, name: str, call) -> Figure:
+        flops, num_bytes = self._work(name)
+        figure = time_calls(name, call, floor_milliseconds=self.rates.floor(flops, num_bytes))
+        rate = f"{flops / figure.milliseconds / 1e9:.0f} TFLOP/s"
+        return dataclasses.replace(figure, extra={"rate": rate})
+
+    def _work(self, name: str) -> tuple[float, float]:
+        """(model FLOPs, least bytes moved) of a unit."""
+        g, model = self.g, self.g.config.model
+        per_token, size = model_flops(g.config), g.compute_dtype.itemsize
+        attend = g.T * per_token.attention / model.num_layers / FORWARD_AND_BACKWARD
+        experts = 6 * self.pairs * g.D * model.expert_width
+        attention_size, expert_size = (
+            sum(x.size for x in jax.tree.leaves(p))
+            for p in (self.attention_params, self.expert_params)
+        )
+        rows, wide = g.M * g.C * g.D, 2 * np.dtype(g.wide_dtype).itemsize
+        tokens = SharedLoss(g).share_tokens
+        head = model.vocab_size * g.D
+        # Forward reads weights and rows and writes rows; backward also reads and writes sums.
+        return {
+            "attention forward": (attend, (attention_size + 2 * g.T * g.D) * size),
+            "attention backward": (
+                2 * attend, attention_size * (size + wide) + 3 * g.T * g.D * size,
+            ),
+            "expert forward": (experts, (expert_size + 2 * rows) * size),
+            "expert backward": (2 * experts, expert_size * (size + wide) + 3 * rows * size),
+            "loss, share of a worker": (
+                tokens * per_token.head, head * (size + wide) + 2 * tokens * g.D * size,
+            ),
+        }[name]  # fmt: skip
+
+    def _draw(self, seed: int, *shape):
+        return jax.random.normal(jax.random.key(seed), shape, self.g.compute_dtype)
+
+    def _attend(self, rank: int = 0):
+        slot_rank = 0 if self.g.placement.colocated else rank
+        return self.attention_forward(self.attention_params, self.bias, self.h[rank], slot_rank)
+
+    def _expert_inputs(self):
+        return self.expert_params, self.inbox
+
+    def _attention_backward(self):
+        g = self.g
+        cotangent = Cotangent(self._draw(1, g.R, g.C, g.D), jnp.ones((g.R, g.C, g.K), g.wide_dtype))
+        scales = jnp.ones((2,), g.wide_dtype)
+
+        def backward(params, kept, cotangent):
+            return self.attention.backward(params, kept, cotangent, 0, scales)
+
+        return self._accumulating(
+            backward, self.attention_params, (self.attention_params, self.kept, cotangent)
+        )
+
+    def _expert_backward(self):
+        return self._accumulating(
+            self.expert.backward,
+            self.expert_params,
+            (self.expert_params, self.expert_kept, self.dy),
+        )
+
+    def _accumulating(self, backward, params, arguments):
+        """A call that runs a backward unit and adds its parameter gradients in place."""
+        layout = RowLayout(params)
+        sums = jnp.zeros((1, layout.num_columns), self.g.wide_dtype)
+
+        def run(sums, arguments):
+            dparams, dx = backward(*arguments)
+            return layout.add(sums, jnp.int32(0), dparams), dx
+
+        program = jax.jit(run, donate_argnums=0)
+
+        def call():
+            nonlocal sums
+            sums, dx = program(sums, arguments)
+            return dx
+
+        return call
+
+    def _loss(self):
+        g, config = self.g, self.g.config
+        tokens, vocab_size = SharedLoss(g).share_tokens, config.model.vocab_size
+        head = HeadParams(jnp.ones((g.D,), g.compute_dtype), 0.02 * self._draw(2, vocab_size, g.D))
+        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, g.wide_dtype), head)
+        labels = jnp.arange(tokens, dtype=jnp.int32) % vocab_size
+        h_TD = self._draw(3, tokens, g.D)
+
+        def run(sums, head, h_TD, labels):
+            total, dh_TD, sums = cross_entropy_and_grads(
+                head, h_TD, labels, 1.0 / tokens, sums,
+                eps=config.model.norm_eps, chunk=config.run.loss_chunk,
+            )  # fmt: skip
+            return sums, (total, dh_TD)
+
+        program = jax.jit(run, donate_argnums=0)
+
+        def call():
+            nonlocal sums
+            sums, results = program(sums, head, h_TD, labels)
+            return results
+
+        return call
+
+
+def check_devices(config: Config):
+    """ConfigError unless there are as many devices as the config's split has."""
+    if len(jax.devices()) < config.split.num_devices:
+        raise ConfigError(
+            f"split = {config.split.num_devices} devices must be at most the "
+            f"{len(jax.devices())} {jax.devices()[0].platform} devices here"
+        )

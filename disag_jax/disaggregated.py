@@ -1,0 +1,109 @@
+"""Phases of a disaggregated worker: the unit of its role, or none.
+
+No transfer happens in a phase: messages come in and go out as words (mesh/wire.py) and the loop
+moves them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from disag_jax.conditional import update_if
+from disag_jax.dispatch import combine, combine_cotangent
+from disag_jax.geometry import Geometry
+from disag_jax.phases import Entry, Grads, Phases, Stats
+from disag_jax.schedule import IDLE, Schedule
+from mesh.m2n import RingTransport, pick_slots, place_slots
+from mesh.roles import Role
+
+
+class DisaggregatedPhases(Phases):
+    """What passes between periods is a box: the words [R, ...] of a message's slots."""
+
+    def __init__(self, geometry: Geometry, schedule: Schedule):
+        super().__init__(geometry, schedule)
+        self.transport = RingTransport(geometry.placement)
+
+    @property
+    def sender(self):
+        """The rank by which an attention worker finds its slots."""
+        return self.me.rank[Role.ATTENTION]
+
+    def empty_boxes(self):
+        rounds = self.geometry.R
+        return self.message.zeros(rounds), self.cotangent.zeros(rounds)
+
+    def forward(self, inbox, entry: Entry, stash, stats: Stats):
+        def attention(_, stash, stats):
+            with jax.named_scope("attention_forward"):
+                return self._attention(inbox, entry, stash, stats)
+
+        def experts(_, stash, stats):
+            with jax.named_scope("expert_forward"):
+                return self._experts(inbox, entry, stash, stats)
+
+        state = (jnp.zeros_like(inbox), stash, stats)
+        state = update_if(self._plays(entry, Role.ATTENTION), attention, *state)
+        return update_if(self._plays(entry, Role.EXPERT), experts, *state)
+
+    def backward(self, inbox, entry: Entry, stash, grads: Grads):
+        def attention(_, rows, embedding):
+            with jax.named_scope("attention_backward"):
+                return self._attention_back(inbox, entry, stash, rows, embedding)
+
+        def experts(_, rows, post_norm):
+            with jax.named_scope("expert_backward"):
+                return self._experts_back(inbox, entry, stash, rows, post_norm)
+
+        outbox, rows, embedding = update_if(
+            self._plays(entry, Role.ATTENTION),
+            attention,
+            jnp.zeros_like(inbox),
+            grads.rows,
+            grads.embedding,
+        )
+        outbox, rows, post_norm = update_if(
+            self._plays(entry, Role.EXPERT), experts, outbox, rows, grads.post_norm
+        )
+        return outbox, grads._replace(rows=rows, embedding=embedding, post_norm=post_norm)
+
+    def _plays(self, entry: Entry, role: Role):
+        """Whether this worker has a unit of `role` to run."""
+        return (entry.micro_batch != IDLE) & self.me.plays[role]
+
+    def _attention(self, inbox, entry, stash, stats):
+        message = self.message.decode(inbox)
+        is_first = self._is_first_layer(entry)
+        h_TD = jnp.where(is_first, self._embed(entry), combine(self.geometry, message))
+        # The first layer's input came from no message: its backward unit sends nothing.
+        origin = jnp.where(is_first, 0, message.origin)
+        message, stash, stats = self._attention_forward(h_TD, origin, entry, stash, stats)
+        return self.message.encode(message), stash, stats
+
+    def _experts(self, inbox, entry, stash, stats):
+        words = pick_slots(inbox, self.me.rank[Role.EXPERT], self.geometry.M)
+        message = self.message.decode(words)
+        message, stash, stats = self._expert_forward(message, entry, stash, stats)
+        return self._place(self.message.encode(message)), stash, stats
+
+    def _attention_back(self, inbox, entry, stash, rows, embedding):
+        kept = self.pool.read(stash, Role.ATTENTION, entry.slot)
+        cotangent = self.cotangent.decode(inbox)
+        dh_TD, rows, embedding = self._attention_backward(cotangent, kept, entry, rows, embedding)
+        outbox = self.cotangent.encode(combine_cotangent(self.geometry, dh_TD, kept.origin))
+        return outbox, rows, embedding
+
+    def _experts_back(self, inbox, entry, stash, rows, post_norm):
+        words = pick_slots(inbox, self.me.rank[Role.EXPERT], self.geometry.M)
+        dy = self.cotangent.decode(words).x
+        cotangent, rows, post_norm = self._expert_backward(dy, entry, stash, rows, post_norm)
+        return self._place(self.cotangent.encode(cotangent)), rows, post_norm
+
+    def _place(self, words):
+        return place_slots(words, self.me.rank[Role.EXPERT], self.geometry.R)
+
+    def _finished(self, inbox):
+        return combine(self.geometry, self.message.decode(inbox))
+
+    def _send_back(self, inbox, dh_TD):
+        origin = self.message.decode(inbox).origin
+        return self.cotangent.encode(combine_cotangent(self.geometry, dh_TD, origin))

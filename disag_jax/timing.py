@@ -1,0 +1,54 @@
+"""Times of things that run on devices, with their noise."""
+
+import dataclasses
+import statistics
+import time
+
+import jax
+
+WARM_UP, REPEATS = 2, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One measured time.
+
+    Attributes:
+      name: what was timed.
+      milliseconds: median of the repeats.
+      noise: largest minus smallest repeat, over the median.
+      floor_milliseconds: the least time that the device's measured rates allow; None if unknown.
+      extra: further facts for the table, by column.
+    """
+
+    name: str
+    milliseconds: float
+    noise: float
+    floor_milliseconds: float | None = None
+    extra: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def share_of_floor(self) -> float | None:
+        if self.floor_milliseconds is None:
+            return None
+        return self.floor_milliseconds / self.milliseconds
+
+
+def time_calls(name: str, call, *, calls: int = 5, **fields) -> Figure:
+    """The time of `call()`, which returns arrays: repeats of several calls queued in a row."""
+    for _ in range(WARM_UP):
+        jax.block_until_ready(call())
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - began) / calls)
+    return figure_of(name, times, **fields)
+
+
+def figure_of(name: str, times: list[float], **fields) -> Figure:
+    """The figure of repeated times in seconds."""
+    median = statistics.median(times)
+    return Figure(name, 1e3 * median, (max(times) - min(times)) / median, **fields)
