@@ -39,7 +39,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, fr
 
 
 def main():
-    runtime.start(CPU_DEVICES.value, DETERMINISTIC.value)
+    runtime.start(CPU_DEVICES.value, deterministic=DETERMINISTIC.value)
     # JAX reads its environment when it starts: import what uses it only now.
     from disag_jax import processes, profiling, training
 

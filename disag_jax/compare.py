@@ -27,6 +27,7 @@ from disag_jax.config import Config, ConfigError, Dtype, PlacementKind
 from disag_jax.errors import RunError
 from disag_jax.report import read_records
 from disag_jax.workdir import Workdir
+from mesh import runtime
 
 TRAIN = pathlib.Path(__file__).parent.parent / "train.py"
 
@@ -49,16 +50,6 @@ from disag_jax.workdir import config_from_dict
 def get_config():
     return config_from_dict(json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
 """
-
-# NCCL through loopback sockets: the slow network that one machine has.
-SOCKETS = {
-    "NCCL_P2P_DISABLE": "1",
-    "NCCL_SHM_DISABLE": "1",
-    "NCCL_IB_DISABLE": "1",
-    "NCCL_SOCKET_IFNAME": "lo",
-    "NCCL_NSOCKS_PERTHREAD": "4",
-    "NCCL_SOCKET_NTHREADS": "4",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +178,7 @@ class Runner:
         environment = dict(os.environ)
         if self._network == "sockets":
             log = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": f"{workdir}.nccl.%p.txt"}
-            environment |= SOCKETS | log
+            environment |= runtime.SOCKETS | log
         return environment
 
 
@@ -365,10 +356,9 @@ if __name__ == "__main__":
     _STEPS = flags.DEFINE_integer("steps", 20, "optimizer steps of each run")
     _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
     _NETWORK = flags.DEFINE_enum(
-        "network", "default", ["default", "sockets"],
-        "sockets makes NCCL use loopback sockets, a slow network, and checks its log",
+        "network", "default", ["default", "sockets"], f"{runtime.NETWORK_HELP}; checks its log"
     )  # fmt: skip
-    _SIZES = flags.DEFINE_list(
+    _SIZES = flags.DEFINE_multi_integer(
         "tokens_per_worker", [], "micro-batch sizes to try on each side; by default the config's"
     )
     _TWIN_EXPERTS = flags.DEFINE_integer(
@@ -378,6 +368,6 @@ if __name__ == "__main__":
     cli.run(
         lambda: main(
             _CONFIG.value, _WORKDIR.value, _STEPS.value, _CPU_DEVICES.value, _NETWORK.value,
-            tuple(int(size) for size in _SIZES.value), _TWIN_EXPERTS.value,
+            tuple(_SIZES.value), _TWIN_EXPERTS.value,
         )
     )  # fmt: skip

@@ -18,15 +18,28 @@ GPU_ENVIRONMENT = {
     # Loading a kernel while NCCL waits on another GPU can block both; roles load different ones.
     "CUDA_MODULE_LOADING": "EAGER",
 }
+# A slow network on one machine: NCCL through loopback sockets.
+SOCKETS = {
+    "NCCL_P2P_DISABLE": "1",
+    "NCCL_SHM_DISABLE": "1",
+    "NCCL_IB_DISABLE": "1",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_NSOCKS_PERTHREAD": "4",
+    "NCCL_SOCKET_NTHREADS": "4",
+}
+NETWORKS = {"default": {}, "sockets": SOCKETS}
+NETWORK_HELP = "sockets makes NCCL use loopback sockets, a slow network, on one machine"
 DETERMINISTIC_FLAGS = {"--xla_gpu_deterministic_ops": "true"}
 
 
-def start(cpu_devices: int, deterministic: bool = False):
+def start(cpu_devices: int, *, deterministic: bool = False, network: str = "default"):
     """Prepares this process for simulated CPU devices, or for accelerators where it is 0.
 
     deterministic: bitwise equal results of equal runs also on GPUs, at some cost
-      (docs/performance.md); on the CPU they are so anyway.
+      (benchmarks/README.md); on the CPU they are so anyway.
+    network: of `NETWORKS`.
     """
+    os.environ.update(NETWORKS[network])
     if cpu_devices:
         simulate_cpu_devices(cpu_devices)
         return

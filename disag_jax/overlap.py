@@ -1,0 +1,142 @@
+"""Proves that transfers run under compute: from the compiled program, and from a trace of GPUs.
+
+  python -m disag_jax.overlap --config configs/balanced.py --workdir runs/overlap
+  python -m disag_jax.overlap --config configs/balanced.py --workdir runs/slow --network=sockets
+
+In the program, a steady-state transfer must begin before and end after a conditional that holds the
+units of a phase. In the trace, communication must coincide with compute. Exit code 1 if not.
+"""
+
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+
+from disag_jax import trace
+from disag_jax.config import Config, ConfigError
+from disag_jax.errors import RunError
+from disag_jax.inputs import load_inputs
+from disag_jax.profiling import Profiler
+from disag_jax.step import Stepper
+from disag_jax.training import make_meshes
+
+START = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .* collective-permute-start\(")
+DONE = re.compile(r" collective-permute-done\(%?([\w.-]+)\)")
+CONDITIONAL = re.compile(r" conditional\(")
+SCOPE = re.compile(r'op_name="[^"]*?(m2n_forward|m2n_backward)')
+
+# Of the communication that the compute of a device could hide, the share that it must.
+LEAST_HIDDEN = 0.5
+
+WARM_UP, TRACED = 2, 2
+
+
+class Transfer(NamedTuple):
+    """An asynchronous permute of the compiled program.
+
+    Attributes:
+      computation: the function of the program that it is in.
+      scope: "m2n_forward" or "m2n_backward", "" for another one's.
+      conditionals: conditionals between its start and its end, in the order of execution.
+    """
+
+    computation: str
+    scope: str
+    conditionals: int
+
+
+def transfers(text: str) -> list[Transfer]:
+    """The asynchronous permutes of a scheduled program in text form."""
+    found, computation, running, seen = [], "", {}, 0
+    for line in text.splitlines():
+        if line and not line[0].isspace():
+            computation, running, seen = line.split(" ")[0], {}, 0
+        start, done = START.match(line), DONE.search(line)
+        if start:
+            scope = SCOPE.search(line)
+            running[start.group(1)] = (scope.group(1) if scope else "", seen)
+        elif done and done.group(1) in running:
+            scope, before = running.pop(done.group(1))
+            found.append(Transfer(computation, scope, seen - before))
+        elif CONDITIONAL.search(line):
+            seen += 1
+    return found
+
+
+def check_program(text: str) -> list[Transfer]:
+    """The transfers of the steady loop; RunError unless each has a conditional to hide under."""
+    if "is_scheduled=true" not in text:
+        raise RunError("the program's text must be in the order of execution")
+    every = transfers(text)
+    # The steady loop is the one with transfers in both directions.
+    ways = {}
+    for transfer in every:
+        ways.setdefault(transfer.computation, set()).add(transfer.scope)
+    steady = [t for t in every if {"m2n_forward", "m2n_backward"} <= ways[t.computation]]
+    steady = [t for t in steady if t.scope]
+    if not steady:
+        raise RunError("the program must have asynchronous transfers in both directions in a loop")
+    bare = [t.scope for t in steady if t.conditionals == 0]
+    if bare:
+        raise RunError(f"transfers of the steady loop must span a conditional: {', '.join(bare)}")
+    return steady
+
+
+def check_trace(times: dict[str, trace.DeviceTime]):
+    """RunError unless each device hid enough of the communication that its compute could hide."""
+    for device, t in times.items():
+        could = min(1.0, t.compute / t.communication) if t.communication else 0.0
+        if t.hidden_share < LEAST_HIDDEN * could:
+            raise RunError(
+                f"{device}: {t.hidden_share:.0%} of the communication was hidden, and its compute "
+                f"could hide {could:.0%}"
+            )
+
+
+def main(config: Config, workdir: str):
+    """Compiles, checks, trains a few steps under a trace and checks that."""
+    config.validate()
+    if config.split.colocated:
+        raise ConfigError(
+            "split.placement = colocated must be disaggregated: the twin hides nothing"
+        )
+    stepper = Stepper(config, make_meshes(config))
+    program = stepper.compiled_program(stepper.chooser.current)
+    steady = check_program(program.as_text())
+    for transfer in steady:
+        print(f"{transfer.scope}: {transfer.conditionals} conditionals between start and end")
+    batches, state = load_inputs(config).train, stepper.init(config.run.seed)
+    profiler = Profiler(pathlib.Path(workdir), range(WARM_UP, WARM_UP + TRACED))
+    for step in range(WARM_UP + TRACED):
+        profiler.before_step(state)
+        state, _ = stepper.train_step(state, stepper.read_batch(batches, step))
+    state.wait()
+    profiler.close()
+    times = trace.device_times(workdir)
+    for device, t in times.items():
+        print(
+            f"{device}: {t.span:.3f} s, compute {t.compute:.3f}, communication "
+            f"{t.communication:.3f} ({t.hidden_share:.0%} hidden), exposed {t.exposed:.3f}, "
+            f"idle {t.idle:.3f}"
+        )
+    check_trace(times)
+    print(f"{jax.device_count()} devices: transfers run under compute")
+
+
+if __name__ == "__main__":
+    from absl import flags
+
+    from disag_jax import cli
+    from mesh import runtime
+
+    _CONFIG = cli.define_config_flag()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "directory for the trace")
+    _NETWORK = flags.DEFINE_enum("network", "default", ["default", "sockets"], runtime.NETWORK_HELP)
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def _run():
+        runtime.start(0, network=_NETWORK.value)
+        main(_CONFIG.value, _WORKDIR.value)
+
+    cli.run(_run)
