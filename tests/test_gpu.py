@@ -5,6 +5,9 @@ JAX_PLATFORMS=cuda python -m pytest -m gpu tests/test_gpu.py
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ import pytest
 
 from disag_jax import plain_model
 from disag_jax.batches import Batch
-from disag_jax.config import BatchConfig, Dtype, ModelConfig, SplitConfig
+from disag_jax.config import BatchConfig, Dtype, ModelConfig, PlacementKind, SplitConfig
 from layers.attention import AttentionKernel, causal_attention
 from layers.grouped_matmul import grouped_matmul, order_by_expert, sorted_rows, tile_rows
 from tests import reference, support
@@ -23,6 +26,9 @@ from tests.test_compiled import COPY, loop_buffers
 pytestmark = pytest.mark.gpu
 
 PAIR = SplitConfig(stages=1, attention_workers=1, expert_workers=1, bucket_factors=())
+TWIN = SplitConfig(
+    attention_workers=2, expert_workers=2, bucket_factors=(), placement=PlacementKind.COLOCATED
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +50,21 @@ def oracle_gradients(config, params, sequences):
     return float(total), jax.device_get(grads)
 
 
-@pytest.mark.parametrize("hop", [1, 2])
-def test_float64_equals_the_oracle(hop):
-    split = dataclasses.replace(PAIR, hop=hop)
+SPLITS = {
+    "hop 1": PAIR,
+    "hop 2": dataclasses.replace(PAIR, hop=2),
+    "co-located": TWIN,
+    "co-located, experts on each": dataclasses.replace(TWIN, expert_workers=1),
+    "co-located, two stages": dataclasses.replace(
+        TWIN, stages=2, attention_workers=1, expert_workers=1
+    ),
+    "co-located, one device": dataclasses.replace(TWIN, attention_workers=1, expert_workers=1),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_float64_equals_the_oracle(name):
+    split = SPLITS[name]
     config = support.small_config(split, 5, num_layers=3, num_shared_experts=1)
     params, sequences = support.oracle_params(config), support.random_sequences(config)
     metrics, grads = gradients(config, params, sequences)
@@ -105,9 +123,9 @@ def test_cudnn_attention_equals_einsum(num_documents):
         assert support.relative_error(*(np.asarray(x, float) for x in (actual, expected))) < 6e-3
 
 
-def bfloat16_config():
+def bfloat16_config(split=PAIR):
     """Large enough for cuDNN attention with grouped queries and for whole tiles."""
-    config = support.small_config(PAIR, 2)
+    config = support.small_config(split, 2)
     config.model = ModelConfig(
         vocab_size=512, num_layers=4, d_model=256, num_heads=8, num_kv_heads=2, head_dim=64,
         num_experts=8, top_k=2, expert_width=256, balance_loss_weight=0.01, z_loss_weight=1e-3,
@@ -138,8 +156,9 @@ def distance(grads, expected):
     return np.sqrt(difference / sum(np.sum(b**2) for _, b in pairs))
 
 
-def test_bfloat16_is_as_close_as_a_plain_model():
-    config = bfloat16_config()
+@pytest.mark.parametrize("split", [PAIR, TWIN], ids=["disaggregated", "co-located"])
+def test_bfloat16_is_as_close_as_a_plain_model(split):
+    config = bfloat16_config(split)
     config.model = dataclasses.replace(config.model, balance_loss_weight=0.0, z_loss_weight=0.0)
     params, sequences = support.oracle_params(config), support.random_sequences(config)
     expected = plain_gradients(config, params, sequences, jnp.float32)
@@ -162,6 +181,38 @@ def test_twenty_steps_learn():
         state, metrics = stepper.train_step(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.5, losses
+
+
+def test_equal_runs_are_bitwise_equal_if_asked():
+    """In processes of their own, because the flag counts when JAX starts."""
+    command = [sys.executable, "-c", TWO_RUNS]
+    environment = {**os.environ, "XLA_FLAGS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.splitlines()[-1] == "equal"
+
+
+TWO_RUNS = """
+from mesh import runtime
+runtime.start(0, deterministic=True)
+import jax, numpy as np
+from tests import support, test_gpu
+config = test_gpu.bfloat16_config()
+stepper = support.make_stepper(config)
+batch = support.random_sequences(config)
+
+def run():
+    state = stepper.init(0)
+    for _ in range(5):
+        state, metrics = stepper.train_step(state, batch)
+    return jax.tree.map(
+        lambda x: [np.asarray(s.data) for s in x.addressable_shards], state.masters
+    ), float(metrics["loss"])
+
+first, second = run(), run()
+jax.tree.map(np.testing.assert_array_equal, first, second)
+print("equal")
+"""
 
 
 def test_loop_updates_in_place_and_transfers_are_asynchronous():
