@@ -114,11 +114,15 @@ def test_cudnn_attention_equals_einsum(num_documents):
     )
 
     @functools.partial(jax.jit, static_argnums=0)
-    def both(kernel):
-        out, vjp = jax.vjp(lambda *qkv: causal_attention(*qkv, kernel, segments), q, k, v)
+    def both(kernel, dout, *qkv):
+        out, vjp = jax.vjp(lambda *qkv: causal_attention(*qkv, kernel, segments), *qkv)
         return out, *vjp(dout)
 
-    pairs = zip(both(AttentionKernel.CUDNN), both(AttentionKernel.EINSUM), strict=True)
+    pairs = zip(
+        both(AttentionKernel.CUDNN, dout, q, k, v),
+        both(AttentionKernel.EINSUM, dout, q, k, v),
+        strict=True,
+    )
     for actual, expected in pairs:
         assert support.relative_error(*(np.asarray(x, float) for x in (actual, expected))) < 6e-3
 
