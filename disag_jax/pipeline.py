@@ -129,6 +129,11 @@ class Loop:
         outbox_b, grads = self.phases.backward(
             inbox_b, self._entry(backward), carry.stash, carry.grads
         )
+        # Transfers end before the loss, whose own permutes would otherwise make XLA's scheduler
+        # begin them only after it, under nothing.
+        in_flight = (carry.inbox_f, carry.inbox_b)
+        outbox_b, in_flight = lax.optimization_barrier((outbox_b, in_flight))
+        carry = carry._replace(inbox_f=in_flight[0], inbox_b=in_flight[1])
         outbox_b, grads, stats = self.phases.loss_backward(
             inbox_f, loss, outbox_b, grads, carry.stats
         )
