@@ -6,14 +6,16 @@ Rows are routed at random to 64 experts, evenly or skewed; widths are the balanc
 the time and the rate of each product, counting the real rows only.
 """
 
+import functools
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.grouped_matmul import order_by_expert, sorted_rows, tile_rows
-from layers.grouped_matmul_hopper import rows_times_weights, weight_gradient
+from disag_jax.timing import time_calls
+from layers.grouped_matmul import GroupWeights, order_by_expert, sorted_rows, tile_rows
+from layers.grouped_matmul_hopper import add_weight_gradient, rows_times_weights
 
 EXPERTS, D_MODEL, WIDTH = 64, 2048, 1408
 REPEATS = 20
@@ -23,17 +25,6 @@ def route(num_rows: int, skew: float):
     """Expert ids [num_rows] in which the most popular expert is e^skew times the least popular."""
     weight = np.exp(-skew * np.arange(EXPERTS) / EXPERTS)
     return np.random.default_rng(0).choice(EXPERTS, num_rows, p=weight / weight.sum())
-
-
-def seconds(function, *operands) -> float:
-    """Mean time of a call, after warm-up, with the device kept busy."""
-    for _ in range(3):
-        jax.block_until_ready(function(*operands))
-    began = time.perf_counter()
-    for _ in range(REPEATS):
-        result = function(*operands)
-    jax.block_until_ready(result)
-    return (time.perf_counter() - began) / REPEATS
 
 
 def measure(num_rows: int, skew: float):
@@ -48,17 +39,32 @@ def measure(num_rows: int, skew: float):
     x = jnp.where(real, jax.random.normal(keys[0], (num_sorted, D_MODEL), jnp.bfloat16), 0)
     dy = jnp.where(real, jax.random.normal(keys[1], (num_sorted, WIDTH), jnp.bfloat16), 0)
     w = jax.random.normal(keys[2], (EXPERTS, D_MODEL, WIDTH), jnp.bfloat16)
-    products = {
-        "x w": (lambda x, w, t: rows_times_weights(x, w, t, transpose=False), x, w),
-        "dy w^T": (lambda dy, w, t: rows_times_weights(dy, w, t, transpose=True), dy, w),
-        "x^T dy": (lambda x, dy, t: weight_gradient(x, dy, t, EXPERTS, jnp.bfloat16), x, dy),
+    sums = jnp.zeros((EXPERTS, D_MODEL, WIDTH))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def product(x, w, transpose):
+        return rows_times_weights(x, GroupWeights.of(w), order.tile_expert, transpose=transpose)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(sums, x, dy):
+        return add_weight_gradient(sums, jnp.int32(0), x, dy, order.tile_expert, EXPERTS)
+
+    def add_again():
+        nonlocal sums
+        sums = add(sums, x, dy)
+        return sums[0, 0, 0]
+
+    calls = {
+        "x w": lambda: product(x, w, False),
+        "dy w^T": lambda: product(dy, w, True),
+        "+= x^T dy": add_again,
     }
     counts = np.bincount(ids, minlength=EXPERTS)
     load = counts.max() / counts.mean()
     work = 2 * num_rows * D_MODEL * WIDTH
-    for name, (product, *operands) in products.items():
-        took = seconds(jax.jit(product), *operands, order.tile_expert)
-        _report(f"{name:8}", num_rows, load, took, work)
+    for name, call in calls.items():
+        took = time_calls(name, call, calls=REPEATS).milliseconds / 1e3
+        _report(name, num_rows, load, took, work)
     _measure_torch(num_rows, counts, load, work)
 
 

@@ -179,8 +179,10 @@ class _UnitBench:
 
     def _accumulating(self, backward, params, arguments):
         """A call that runs a backward unit and adds its parameter gradients in place."""
-        layout = RowLayout(params)
-        sums = jnp.zeros((1, layout.num_columns), self.g.wide_dtype)
+        layout, model = RowLayout(params), self.g.config.model
+        matrix = model.d_model * model.expert_width  # as in disag_jax.phases.Layouts
+        num_columns = -(-layout.num_columns // matrix) * matrix
+        sums = jnp.zeros((1, num_columns), self.g.wide_dtype)
 
         def run(sums, arguments):
             dparams, dx = backward(*arguments)

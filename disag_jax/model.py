@@ -17,7 +17,7 @@ from layers.experts import Experts
 from layers.norm import RMSNorm
 from layers.router import Router
 
-POST_NORM = "post_norm"
+POST_NORM, EXPERTS = "post_norm", "experts"
 
 
 class AttentionLayer(nnx.Module):

@@ -20,6 +20,7 @@ from disag_jax.schedule import IDLE, Schedule
 from disag_jax.shared_loss import SharedLoss
 from disag_jax.stash import StashPool
 from disag_jax.units import AttentionStash, AttentionUnit, ExpertUnit, RoutingStats
+from layers.grouped_matmul import GroupWeights
 from layers.head import HeadParams
 from mesh.packing import RowLayout
 from mesh.placement import Whoami
@@ -79,25 +80,29 @@ class Layouts:
 
     Disaggregated, rows are one array [v, P] as wide as the larger role's layout; co-located, a dict
     with an array of each role.
+
+    alignment: P is a multiple of it, so that rows are stacks of experts' matrices too.
     """
 
     by_role: dict[Role, RowLayout]
     colocated: bool
+    alignment: int
 
     @classmethod
     def of(cls, geometry: Geometry) -> "Layouts":
         units = {Role.ATTENTION: AttentionUnit(geometry), Role.EXPERT: ExpertUnit(geometry)}
         layouts = {role: RowLayout(unit.module.params) for role, unit in units.items()}
-        return cls(layouts, geometry.placement.colocated)
+        model = geometry.config.model
+        return cls(layouts, geometry.placement.colocated, model.d_model * model.expert_width)
 
     def __getitem__(self, role: Role) -> RowLayout:
         return self.by_role[role]
 
     def num_columns(self, role: Role) -> int:
         """P, columns of the array that holds the role's rows."""
-        if self.colocated:
-            return self.by_role[role].num_columns
-        return max(layout.num_columns for layout in self.by_role.values())
+        layouts = [self.by_role[role]] if self.colocated else self.by_role.values()
+        used = max(layout.num_columns for layout in layouts)
+        return -(-used // self.alignment) * self.alignment
 
     @property
     def worker_columns(self) -> int:
@@ -106,9 +111,18 @@ class Layouts:
         return sum(widths) if self.colocated else widths[0]
 
     def read(self, rows, role: Role, layer_row):
-        """The parameters of one layer (a traced index) from a worker's rows."""
-        array = rows[role.label] if self.colocated else rows
-        return self.by_role[role].read(array, layer_row)
+        """The parameters of one layer (a traced index) from a worker's rows.
+
+        The experts' weights stay where they are, as `GroupWeights`.
+        """
+        array, layout = rows[role.label] if self.colocated else rows, self.by_role[role]
+        if role is Role.ATTENTION:
+            return layout.read(array, layer_row)
+        return jax.tree.map(
+            lambda leaf, view: GroupWeights(*view, leaf.shape[0]),
+            layout.template,
+            layout.as_stacks(array, layer_row),
+        )
 
     def add(self, rows, role: Role, layer_row, tree):
         """A worker's rows with a layer's tree added in place."""

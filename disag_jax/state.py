@@ -32,7 +32,7 @@ from mesh.placement import EXPERT, STAGE, Meshes
 from mesh.roles import Role
 from mesh.views import ATTENTION_ROWS, EXPERT_ROWS, role_views, union_view
 
-ROUTED, SHARED = "experts", "shared_experts"
+ROUTED, SHARED = model_lib.EXPERTS, "shared_experts"
 GROUPS = ("attention", "expert", "vocabulary")
 
 # Random numbers take LLVM ten times longer to optimise than to draw once.

@@ -22,8 +22,15 @@ from disag_jax.dispatch import (
     plan_dispatch,
 )
 from disag_jax.geometry import Geometry
-from disag_jax.model import POST_NORM, attention_module, expert_module
-from layers.grouped_matmul import ExpertOrder, order_by_expert
+from disag_jax.model import EXPERTS, POST_NORM, attention_module, expert_module
+from layers.experts import apply_experts
+from layers.grouped_matmul import (
+    ExpertOrder,
+    GroupWeights,
+    WeightGradient,
+    multiply_by_group,
+    order_by_expert,
+)
 from layers.norm import rms_norm
 from layers.router import (
     balance_loss,
@@ -209,19 +216,35 @@ class ExpertUnit:
             residual=residual.astype(jnp.int32),
             order=order,
         )
-        y = self._experts(params, stash.x, stash.gate, stash)
+        y, _ = self._experts(params, stash.x, stash.gate, stash)
         return message._replace(x=y.reshape(message.x.shape)), stash, needed.astype(jnp.int32)
 
     def backward(self, params, stash: ExpertStash, dy):
-        """Returns (parameter gradients, Cotangent [M, C]) for dy [M, C, D]."""
+        """Returns (parameter gradients, Cotangent [M, C]) for dy [M, C, D].
+
+        The gradients of the experts' weights are `WeightGradient`s: factors of a product.
+        """
         g = self.geometry
-        _, vjp = jax.vjp(
-            lambda params, x, gate: self._experts(params, x, gate, stash),
-            params,
-            stash.x,
-            stash.gate,
-        )
-        dparams, dx, dgate = vjp(dy.reshape(-1, g.D))
+        width = g.config.model.expert_width
+        taps = {
+            name: g.floats(g.P, n) for name, n in (("gate", width), ("up", width), ("down", g.D))
+        }
+        taps = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), taps)
+        scale = params[POST_NORM]["scale"]
+
+        def outputs(scale, x_nD, gate_nK, taps):
+            return self._experts(
+                {**params, POST_NORM: {"scale": scale}}, x_nD, gate_nK, stash, taps
+            )
+
+        _, vjp, inputs = jax.vjp(outputs, scale, stash.x, stash.gate, taps, has_aux=True)
+        dscale, dx, dgate, doutputs = vjp(dy.reshape(-1, g.D))
+        num_experts = g.places.per_worker + self.num_shared
+        experts = {
+            name: WeightGradient(inputs[name], doutputs[name], stash.order.tile_expert, num_experts)
+            for name in taps
+        }
+        dparams = {EXPERTS: experts, POST_NORM: {"scale": dscale}}
         return dparams, Cotangent(dx.reshape(g.M, g.C, g.D), dgate.reshape(g.M, g.C, g.K))
 
     def _with_shared(self, expert_id_nK, residual_n):
@@ -231,11 +254,30 @@ class ExpertUnit:
         shared_id = jnp.where(residual_n[:, None], shared, -1)
         return jnp.concatenate([expert_id_nK, shared_id], axis=1)
 
-    def _experts(self, params, x_nD, gate_nK, stash: ExpertStash):
-        params = dict(params)
-        scale = params.pop(POST_NORM)["scale"]
-        layer = self.module.merge(params)
-        normed_nD = rms_norm(x_nD, scale, self.geometry.config.model.norm_eps)
+    def _experts(self, params, x_nD, gate_nK, stash: ExpertStash, taps=None):
+        """Returns (outputs [n, D], inputs of each weight's product by name).
+
+        taps: differentiable stand-ins for the products' outputs, by name.
+        """
+        inputs = {}
+
+        def multiply(name, rows):
+            inputs[name] = rows
+            weights = GroupWeights.of(params[EXPERTS][name])
+            product = multiply_by_group(rows, weights, stash.order.tile_expert)
+            return product if taps is None else _tap(product, taps[name])
+
+        normed_nD = rms_norm(x_nD, params[POST_NORM]["scale"], self.geometry.config.model.norm_eps)
         gate = jnp.pad(gate_nK, ((0, 0), (0, self.num_shared)), constant_values=1)
-        y_nD = layer.experts(normed_nD, gate, stash.order)
-        return y_nD + jnp.where(stash.residual[:, None] > 0, x_nD, 0)
+        y_nD = apply_experts(multiply, normed_nD, gate, stash.order)
+        return y_nD + jnp.where(stash.residual[:, None] > 0, x_nD, 0), inputs
+
+
+@jax.custom_vjp
+def _tap(x, stand_in):
+    """x, whose gradient `stand_in` (of the same shape, not read) receives too."""
+    del stand_in
+    return x
+
+
+_tap.defvjp(lambda x, stand_in: (x, None), lambda _, dx: (dx, dx))

@@ -33,20 +33,32 @@ class Experts(nnx.Module):
 
     def __call__(self, x_nD, gate_nK, order: ExpertOrder):
         """Returns [n, D]: the gated sum of each row's experts, zeros for a row without any."""
-        row = jnp.where(order.pair >= 0, order.pair // gate_nK.shape[1], -1)
-        with jax.named_scope("sort_rows"):
-            x_PD = spread(x_nD, row, order.position)
-            gate_P1 = spread(gate_nK.reshape(-1, 1), order.pair, order.position.reshape(-1, 1))
-        with jax.named_scope("gate_up"):
-            gated_PF = grouped_matmul(x_PD, self.gate[...], order.tile_expert)
-            up_PF = grouped_matmul(x_PD, self.up[...], order.tile_expert)
-        with jax.named_scope("swiglu"):
-            # The gate is applied before `down`, so its gradient needs no output of the experts.
-            # Source: Megatron-Core's memory-efficient permutation.
-            wide = gate_P1.dtype
-            hidden_PF = jax.nn.silu(gated_PF.astype(wide)) * up_PF.astype(wide) * gate_P1
-            hidden_PF = hidden_PF.astype(x_nD.dtype)
-        with jax.named_scope("down"):
-            y_PD = grouped_matmul(hidden_PF, self.down[...], order.tile_expert)
-        with jax.named_scope("sum_experts"):
-            return gather_sum(y_PD, order.position, row)
+
+        def multiply(name, rows):
+            return grouped_matmul(rows, getattr(self, name)[...], order.tile_expert)
+
+        return apply_experts(multiply, x_nD, gate_nK, order)
+
+
+def apply_experts(multiply, x_nD, gate_nK, order: ExpertOrder):
+    """Returns [n, D]: the gated sum of each row's experts, zeros for a row without any.
+
+    multiply: function of a weight's name ("gate", "up", "down") and sorted rows that returns their
+      products with their experts' weights of that name.
+    """
+    row = jnp.where(order.pair >= 0, order.pair // gate_nK.shape[1], -1)
+    with jax.named_scope("sort_rows"):
+        x_PD = spread(x_nD, row, order.position)
+        gate_P1 = spread(gate_nK.reshape(-1, 1), order.pair, order.position.reshape(-1, 1))
+    with jax.named_scope("gate_up"):
+        gated_PF, up_PF = multiply("gate", x_PD), multiply("up", x_PD)
+    with jax.named_scope("swiglu"):
+        # The gate is applied before `down`, so its gradient needs no output of the experts.
+        # Source: Megatron-Core's memory-efficient permutation.
+        wide = gate_P1.dtype
+        hidden_PF = jax.nn.silu(gated_PF.astype(wide)) * up_PF.astype(wide) * gate_P1
+        hidden_PF = hidden_PF.astype(x_nD.dtype)
+    with jax.named_scope("down"):
+        y_PD = multiply("down", hidden_PF)
+    with jax.named_scope("sum_experts"):
+        return gather_sum(y_PD, order.position, row)

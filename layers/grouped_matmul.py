@@ -3,10 +3,11 @@
 Rows are sorted by expert and every expert's group is padded to whole tiles, so that a tile of rows
 belongs to one expert: a fast kernel is then the dense kernel with an indexed weight operand.
 
-Legend: n rows, K choices per row, P sorted rows (a multiple of the tile), E experts,
-D and F widths.
+Legend: n rows, K choices per row, P sorted rows (a multiple of the tile), E experts, A and B inner
+and outer width of their weights.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -66,42 +67,120 @@ def order_by_expert(ids_nK, num_experts: int, num_sorted: int, tile: int):
     return order, end_tile_E[-1] * tile
 
 
-@jax.custom_vjp
-def grouped_matmul(x_PD, w_EDF, tile_expert):
-    """Returns [P, F]: each tile of rows times the weights of its expert.
+class GroupWeights(NamedTuple):
+    """Weights [A, B] of each expert of a group, which follow each other among other matrices.
 
-    Padding rows must be zero; rows of unused tiles are unspecified.
+    Attributes:
+      stack: [N, A, B].
+      first: int32, place of the first expert's in the stack (may be traced).
+      num_experts: E.
     """
-    if _hopper_runs(x_PD, w_EDF):
-        return _hopper().rows_times_weights(x_PD, w_EDF, tile_expert, transpose=False)
-    return _portable_matmul(x_PD, w_EDF, tile_expert)
+
+    stack: jax.Array
+    first: jax.Array
+    num_experts: int
+
+    @classmethod
+    def of(cls, weights) -> "GroupWeights":
+        """Itself, or the view of an array [E, A, B]."""
+        if isinstance(weights, cls):
+            return weights
+        return cls(weights, jnp.int32(0), weights.shape[0])
+
+    def dense(self):
+        """A copy as an array [E, A, B]."""
+        return lax.dynamic_slice_in_dim(self.stack, self.first, self.num_experts)
 
 
-def _forward(x_PD, w_EDF, tile_expert):
-    return grouped_matmul(x_PD, w_EDF, tile_expert), (x_PD, w_EDF, tile_expert)
+class WeightGradient(NamedTuple):
+    """The gradient of a group's weights as its factors: the sum of x^T dy over each expert's tiles.
+
+    The product is as large as the weights, and all that is wanted of it is to be added to a sum.
+    """
+
+    x_PA: jax.Array
+    dy_PB: jax.Array
+    tile_expert: jax.Array
+    num_experts: int
+
+    def adds_in_place(self, dtype) -> bool:
+        """Whether `add_to` can be used, for sums of `dtype`; else there is `dense`."""
+        return _hopper_runs(self.x_PA, self.dy_PB) and dtype == jnp.float32
+
+    def add_to(self, sums_NAB, first):
+        """The stack with the experts' products added from place `first` on, in place."""
+        return _hopper().add_weight_gradient(sums_NAB, first, *self)
+
+    def dense(self, dtype):
+        """The product as an array [E, A, B] of `dtype`, float32 or wider; slow on a GPU."""
+        return _portable_weight_gradient(*self, dtype)
 
 
-def _backward(saved, dy_PF):
-    x_PD, w_EDF, tile_expert = saved
-    if _hopper_runs(x_PD, w_EDF):
-        dx_PD = _hopper().rows_times_weights(dy_PF, w_EDF, tile_expert, transpose=True)
-        dw_EDF = _hopper().weight_gradient(x_PD, dy_PF, tile_expert, w_EDF.shape[0], w_EDF.dtype)
-    else:
-        dx_PD = _portable_matmul(dy_PF, jnp.swapaxes(w_EDF, 1, 2), tile_expert)
-        dw_EDF = _portable_weight_gradient(x_PD, dy_PF, tile_expert, w_EDF)
-    return dx_PD, dw_EDF, None
+def multiply_by_group(x_PA, weights: GroupWeights, tile_expert):
+    """Returns [P, B]: each tile of rows times the weights of its expert.
+
+    Padding rows must be zero; rows of unused tiles are unspecified. Differentiable in x alone: the
+    weights are constants here, and `WeightGradient` is their gradient.
+    """
+    stack = lax.stop_gradient(weights.stack)
+    return _multiply(weights.num_experts, x_PA, stack, weights.first, tile_expert)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(num_experts, x_PA, stack_NAB, first, tile_expert):
+    weights = GroupWeights(stack_NAB, first, num_experts)
+    return _rows_times_weights(weights, x_PA, tile_expert, transpose=False)
+
+
+def _multiply_forward(num_experts, x_PA, stack_NAB, first, tile_expert):
+    saved = (stack_NAB, first, tile_expert)
+    return _multiply(num_experts, x_PA, *saved), saved
+
+
+def _multiply_backward(num_experts, saved, dy_PB):
+    stack_NAB, first, tile_expert = saved
+    weights = GroupWeights(stack_NAB, first, num_experts)
+    return _rows_times_weights(weights, dy_PB, tile_expert, transpose=True), None, None, None
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+@jax.custom_vjp
+def grouped_matmul(x_PA, w_EAB, tile_expert):
+    """As `multiply_by_group` for an array of weights, and differentiable in it too."""
+    return multiply_by_group(x_PA, GroupWeights.of(w_EAB), tile_expert)
+
+
+def _forward(x_PA, w_EAB, tile_expert):
+    return grouped_matmul(x_PA, w_EAB, tile_expert), (x_PA, w_EAB, tile_expert)
+
+
+def _backward(saved, dy_PB):
+    x_PA, w_EAB, tile_expert = saved
+    dx_PA = _rows_times_weights(GroupWeights.of(w_EAB), dy_PB, tile_expert, transpose=True)
+    product = WeightGradient(x_PA, dy_PB, tile_expert, w_EAB.shape[0])
+    dw_EAB = product.dense(accumulation_dtype(w_EAB.dtype))
+    return dx_PA, dw_EAB.astype(w_EAB.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def _hopper_runs(x_PD, w_EDF) -> bool:
+def _rows_times_weights(weights: GroupWeights, x, tile_expert, *, transpose: bool):
+    """x w of each tile, or x w^T with `transpose`."""
+    if _hopper_runs(x, weights.stack):
+        return _hopper().rows_times_weights(x, weights, tile_expert, transpose=transpose)
+    w_EAB = weights.dense()
+    return _portable_matmul(x, jnp.swapaxes(w_EAB, 1, 2) if transpose else w_EAB, tile_expert)
+
+
+def _hopper_runs(*operands) -> bool:
     """Whether the Hopper kernels take these operands: bfloat16, widths in steps of 64."""
-    if jax.default_backend() != "gpu" or x_PD.dtype != jnp.bfloat16:
+    if jax.default_backend() != "gpu" or any(x.dtype != jnp.bfloat16 for x in operands):
         return False
-    return jax.devices()[0].compute_capability == "9.0" and not any(
-        width % 64 for width in w_EDF.shape[1:]
-    )
+    widths = [width for x in operands for width in x.shape[1:]]
+    return jax.devices()[0].compute_capability == "9.0" and not any(w % 64 for w in widths)
 
 
 def _hopper():
@@ -127,23 +206,23 @@ def _portable_matmul(x_PD, w_EDF, tile_expert):
     return lax.map(multiply, tiles).reshape(-1, width)
 
 
-def _portable_weight_gradient(x_PD, dy_PF, tile_expert, w_EDF):
-    """Sums x^T dy of each expert's tiles, one tile at a time into one buffer."""
-    num_tiles, num_experts = tile_expert.shape[0], w_EDF.shape[0]
+def _portable_weight_gradient(x_PA, dy_PB, tile_expert, num_experts: int, dtype):
+    """Sums x^T dy of each expert's tiles, one tile at a time into one buffer [E, A, B]."""
+    num_tiles = tile_expert.shape[0]
 
-    def add_tile(dw_EDF, tile):
+    def add_tile(dw_EAB, tile):
         x_tile, dy_tile, expert = tile
 
-        def add(dw_EDF):
-            product = jnp.einsum("td,tf->df", x_tile, dy_tile, preferred_element_type=dw_EDF.dtype)
-            return dw_EDF.at[expert].add(product)
+        def add(dw_EAB):
+            product = jnp.einsum("ta,tb->ab", x_tile, dy_tile, preferred_element_type=dtype)
+            return dw_EAB.at[expert].add(product)
 
-        return lax.cond(expert < num_experts, add, lambda dw_EDF: dw_EDF, dw_EDF), None
+        return lax.cond(expert < num_experts, add, lambda dw_EAB: dw_EAB, dw_EAB), None
 
     tiles = (
-        x_PD.reshape(num_tiles, -1, x_PD.shape[-1]),
-        dy_PF.reshape(num_tiles, -1, dy_PF.shape[-1]),
+        x_PA.reshape(num_tiles, -1, x_PA.shape[-1]),
+        dy_PB.reshape(num_tiles, -1, dy_PB.shape[-1]),
         tile_expert,
     )
-    zeros = jnp.zeros(w_EDF.shape, accumulation_dtype(w_EDF.dtype))
-    return lax.scan(add_tile, zeros, tiles)[0].astype(w_EDF.dtype)
+    zeros = jnp.zeros((num_experts, x_PA.shape[1], dy_PB.shape[1]), dtype)
+    return lax.scan(add_tile, zeros, tiles)[0]

@@ -3,16 +3,16 @@
 Because every tile of rows belongs to one expert, the product of rows is the dense warp-specialised
 kernel with an indexed weight operand, and the weight gradient is one dense product per expert whose
 inner dim runs over the expert's tiles. Two compute warpgroups share a block of 128 x 256 outputs; a
-third one loads the operands. Measured in benchmarks/README.md.
+third one loads the operands. Weights are read, and their gradients summed, where they lie among
+other rows: nothing is copied out. Measured in benchmarks/README.md.
 
 Source of the technique: the Hopper matmul and ragged-dot examples that ship with JAX
 (jax.experimental.pallas.ops.gpu).
 
-Legend: P sorted rows, A inner width, B outer width, E experts.
+Legend: P sorted rows, A inner width, B outer width, E experts, N matrices of a stack.
 """
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +28,17 @@ EPILOGUE = 64  # the output leaves in squares of this size
 STRIPE = 8  # blocks of columns that neighbours in time share, for the L2 cache
 LOADER_REGISTERS = 40
 
-# jax 0.10 calls the argument out_shape.
-_OUT = "out_type" if "out_type" in inspect.signature(plgpu.kernel).parameters else "out_shape"
 
-
-def rows_times_weights(x_PA, w, tile_expert, *, transpose: bool):
+def rows_times_weights(x_PA, weights, tile_expert, *, transpose: bool):
     """Each tile of 128 rows times its expert's weights: [P, B], unspecified in unused tiles.
 
-    w: [E, A, B], or with `transpose` [E, B, A]. A must be a multiple of 64.
+    weights: layers.grouped_matmul.GroupWeights of [A, B], or with `transpose` of [B, A]. A must be
+      a multiple of 64.
     """
-    num_experts = w.shape[0]
+    stack, first, num_experts = weights
     num_rows, inner = x_PA.shape
-    outer = w.shape[1] if transpose else w.shape[2]
-    assert num_rows % ROWS == 0 and inner % DEPTH == 0, (x_PA.shape, w.shape)
+    outer = stack.shape[1] if transpose else stack.shape[2]
+    assert num_rows % ROWS == 0 and inner % DEPTH == 0, (x_PA.shape, stack.shape)
     blocks = (num_rows // ROWS, pl.cdiv(outer, COLUMNS))
     transforms = _transforms(DEPTH, x_PA.dtype)
     concurrent_steps = _concurrent_steps(x_PA.dtype)
@@ -62,7 +60,7 @@ def rows_times_weights(x_PA, w, tile_expert, *, transpose: bool):
             ],
         )
 
-    def kernel(tile_expert, x, w, out):
+    def kernel(tile_expert, tile_place, x, w, out):
         def in_scope(allocations, staging):
             group = lax.axis_index("wg")
             columns = pl.ds(group * WARPGROUP_COLUMNS, WARPGROUP_COLUMNS)
@@ -87,8 +85,9 @@ def rows_times_weights(x_PA, w, tile_expert, *, transpose: bool):
                         ),
                     ]
                     context = functools.partial(_compute_and_store, staging, target, group)
+                    weights = w.at[tile_place[row_block]]
                     pipeline(multiply, context, row_block, column_block)(
-                        x, w.at[expert], allocations=allocations
+                        x, weights, allocations=allocations
                     )
 
             _for_each_block(blocks, block)
@@ -96,18 +95,24 @@ def rows_times_weights(x_PA, w, tile_expert, *, transpose: bool):
 
         _with_buffers(in_scope, pipeline(_ignore, _ignore), (x, w.at[0]), out.dtype)
 
-    return _call(kernel, jax.ShapeDtypeStruct((num_rows, outer), x_PA.dtype))(tile_expert, x_PA, w)
+    out = jax.ShapeDtypeStruct((num_rows, outer), x_PA.dtype)
+    return _call(kernel, (tile_expert, tile_expert + first, x_PA, stack), out)
 
 
-def weight_gradient(x_PA, dy_PB, tile_expert, num_experts: int, dtype):
-    """The sum of x^T dy over each expert's tiles: [E, A, B] of `dtype`."""
+def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: int):
+    """Adds the sum of x^T dy over each expert's tiles to its matrix in `sums`, in place.
+
+    sums: float32; expert e has the place first + e. Every sum is changed once, so the result does
+    not depend on the order of the blocks.
+    """
     inner, outer = x_PA.shape[1], dy_PB.shape[1]
+    assert sums_NAB.shape[1:] == (inner, outer), (x_PA.shape, dy_PB.shape, sums_NAB.shape)
     blocks = (num_experts * pl.cdiv(inner, ROWS), pl.cdiv(outer, COLUMNS))
     transforms = _transforms(DEPTH, x_PA.dtype)
     tiles_E = jnp.sum(tile_expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     first_E = (jnp.cumsum(tiles_E) - tiles_E).astype(jnp.int32)
     steps_per_tile = ROWS // DEPTH
-    concurrent_steps = _concurrent_steps(dtype)
+    concurrent_steps = _concurrent_steps(sums_NAB.dtype)
 
     def pipeline(
         body, compute_context, steps=concurrent_steps, first=0, row_block=0, column_block=0
@@ -123,7 +128,7 @@ def weight_gradient(x_PA, dy_PB, tile_expert, num_experts: int, dtype):
             ],
         )
 
-    def kernel(tiles, firsts, x, dy, out):
+    def kernel(places, tiles, firsts, x, dy, sums):
         def in_scope(allocations, staging):
             group = lax.axis_index("wg")
             columns = pl.ds(group * WARPGROUP_COLUMNS, WARPGROUP_COLUMNS)
@@ -137,25 +142,28 @@ def weight_gradient(x_PA, dy_PB, tile_expert, num_experts: int, dtype):
                 blocks_per_expert = pl.cdiv(inner, ROWS)
                 expert = lax.div(expert_and_row, jnp.int32(blocks_per_expert))
                 row_block = lax.rem(expert_and_row, jnp.int32(blocks_per_expert))
-                target = out.at[
-                    expert,
+                target = sums.at[
+                    places[expert],
                     pl.ds(row_block * ROWS, ROWS),
                     pl.ds(column_block * COLUMNS + group * WARPGROUP_COLUMNS, WARPGROUP_COLUMNS),
                 ]
-                context = functools.partial(_compute_and_store, staging, target, group)
+                context = functools.partial(_compute_and_store, staging, target, group, add=True)
                 steps = tiles[expert] * steps_per_tile
-                first = firsts[expert] * steps_per_tile
-                pipeline(multiply, context, steps, first, row_block, column_block)(
-                    x, dy, allocations=allocations
-                )
+                begin = firsts[expert] * steps_per_tile
+
+                @pl.when(steps > 0)
+                def _():
+                    pipeline(multiply, context, steps, begin, row_block, column_block)(
+                        x, dy, allocations=allocations
+                    )
 
             _for_each_block(blocks, block)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        _with_buffers(in_scope, pipeline(_ignore, _ignore), (x, dy), out.dtype)
+        _with_buffers(in_scope, pipeline(_ignore, _ignore), (x, dy), sums.dtype)
 
-    out = jax.ShapeDtypeStruct((num_experts, inner, outer), dtype)
-    return _call(kernel, out)(tiles_E, first_E, x_PA, dy_PB)
+    places_E = first + jnp.arange(num_experts, dtype=jnp.int32)
+    return _call(kernel, (places_E, tiles_E, first_E, x_PA, dy_PB), in_place=sums_NAB)
 
 
 def _concurrent_steps(out_dtype) -> int:
@@ -207,8 +215,11 @@ def _for_each_block(blocks, block):
         block(*plgpu.planar_snake(loop.index[0], blocks, 1, STRIPE))
 
 
-def _compute_and_store(staging, target, group, run_pipeline):
-    """Runs a block's pipeline on an accumulator and stores the result square by square."""
+def _compute_and_store(staging, target, group, run_pipeline, *, add: bool = False):
+    """Runs a block's pipeline on an accumulator and stores the result square by square.
+
+    With `add` the copy engine adds it to what is there.
+    """
 
     def with_accumulator(acc):
         run_pipeline(acc)
@@ -224,26 +235,34 @@ def _compute_and_store(staging, target, group, run_pipeline):
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             slot[...] = result[square]
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(slot, target.at[square])
+            plgpu.copy_smem_to_gmem(slot, target.at[square], reduction_op="add" if add else None)
 
     pl.run_scoped(with_accumulator, plgpu.ACC((ROWS, WARPGROUP_COLUMNS), jnp.float32))
 
 
-def _call(kernel, out):
-    """The kernel as a function of its operands, run by three warpgroups on every processor."""
-    function = plgpu.kernel(
-        kernel,
-        grid=(jax.devices()[0].core_count,),
-        grid_names=("sm",),
-        num_threads=3,
-        thread_name="wg",
+def _call(kernel, operands, out=None, *, in_place=None):
+    """Runs the kernel on its operands, by three warpgroups on every processor.
+
+    It writes a new array like `out`, or changes the array `in_place`, its last operand.
+    """
+
+    def scoped(*refs):
+        return kernel(*refs)
+        pl.run_scoped(functools.partial(kernel, *refs), collective_axes="wg")
+
+    function = pl.kernel(
+        scoped,
+        mesh=plgpu.Mesh(
+            grid=(jax.devices()[0].core_count,), grid_names=("sm",), num_threads=3, thread_name="wg"
+        ),
+        out_type=() if out is None else out,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **{_OUT: out},
     )
-
-    def call(*operands):
-        # Pallas' loops count in 32 bits and cannot be traced where JAX counts in 64.
-        with jax.enable_x64(False):
+    # Pallas' loops count in 32 bits and cannot be traced where JAX counts in 64.
+    with jax.enable_x64(False):
+        if in_place is None:
             return function(*operands)
-
-    return call
+        # A kernel changes a Ref that it is given; around it the change is an array again.
+        changed = jax.new_ref(in_place)
+        function(*operands, changed)
+        return jax.freeze(changed)

@@ -16,6 +16,7 @@ class RowLayout:
     """Where each leaf of one layer (`template`, a tree of ShapeDtypeStructs) sits in its row."""
 
     def __init__(self, template):
+        self.template = template
         self.leaves, self.treedef = jax.tree.flatten(template)
         self.sizes = [math.prod(leaf.shape) for leaf in self.leaves]
         self.offsets = [sum(self.sizes[:n]) for n in range(len(self.sizes))]
@@ -44,10 +45,27 @@ class RowLayout:
         ]
         return jax.tree.unflatten(self.treedef, leaves)
 
+    def as_stacks(self, rows, row):
+        """As `read`, without a copy: leaves [E, A, B] as (stack [N, A, B], place of their first).
+
+        P must be a multiple of every A * B, and so must every leaf's offset.
+        """
+        views = [_stack(rows, row, leaf, offset) for leaf, offset, _ in self._spans()]
+        return jax.tree.unflatten(self.treedef, views)
+
     def add(self, rows, row, tree):
-        """Adds leaves [*shape] into one row (a traced index) in place, in the type of `rows`."""
+        """Adds leaves [*shape] into one row (a traced index) in place, in the type of `rows`.
+
+        A leaf may be a product that is not yet made (layers.grouped_matmul.WeightGradient), to be
+        added without making it where that can be done.
+        """
         values = self.treedef.flatten_up_to(tree)
-        for value, (_, offset, size) in zip(values, self._spans(), strict=True):
+        for value, (leaf, offset, size) in zip(values, self._spans(), strict=True):
+            if hasattr(value, "add_to"):
+                if value.adds_in_place(rows.dtype):
+                    rows = value.add_to(*_stack(rows, row, leaf, offset)).reshape(rows.shape)
+                    continue
+                value = value.dense(rows.dtype)
             old = lax.dynamic_slice(rows, _at(row, offset), (1, size))
             new = old + value.reshape(1, size).astype(rows.dtype)
             rows = lax.dynamic_update_slice(rows, new, _at(row, offset))
@@ -65,6 +83,15 @@ class RowLayout:
 
     def _spans(self):
         return zip(self.leaves, self.offsets, self.sizes, strict=True)
+
+
+def _stack(rows, row, leaf, offset: int):
+    """The rows [v, P] as a stack of a leaf's matrices, and the place of one row's first."""
+    num_columns, shape = rows.shape[1], leaf.shape[1:]
+    size = math.prod(shape)
+    assert num_columns % size == 0 and offset % size == 0, (num_columns, offset, leaf.shape)
+    first = row * (num_columns // size) + offset // size
+    return rows.reshape(-1, *shape), jnp.asarray(first, jnp.int32)
 
 
 def _at(row, offset: int):

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from layers import attention, head, permute, router
 from layers.experts import Experts
-from layers.grouped_matmul import grouped_matmul, order_by_expert, sorted_rows
+from layers.grouped_matmul import (
+    GroupWeights,
+    WeightGradient,
+    grouped_matmul,
+    multiply_by_group,
+    order_by_expert,
+    sorted_rows,
+)
 from layers.norm import RMSNorm, rms_norm
 
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
@@ -444,6 +451,27 @@ def test_grouped_matmul_and_its_gradients_are_a_loop_over_rows(sizes):
     for row in np.flatnonzero(real):
         expected[order.tile_expert[row // TILE]] += np.outer(x[row], dy[row])
     assert_close(dw, expected)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_weights_may_lie_in_a_stack(sizes):
+    """Read where they lie, and the gradient's factors make the gradient."""
+    order, _ = plan(ids_of_sizes(sizes))
+    real = (order.pair >= 0)[:, None]
+    x, dy = normal(WORST_ROWS, 3) * real, normal(WORST_ROWS, 5, seed=1) * real
+    stack = normal(NUM_EXPERTS + 5, 3, 5, seed=2)
+
+    @jax.jit
+    def in_stack(x, dy, first):
+        weights = GroupWeights(stack, first, NUM_EXPERTS)
+        y, vjp = jax.vjp(lambda x: multiply_by_group(x, weights, order.tile_expert), x)
+        gradient = WeightGradient(x, dy, order.tile_expert, NUM_EXPERTS)
+        return y, vjp(dy)[0], gradient.dense(jnp.float64)
+
+    found = in_stack(x, dy, jnp.int32(2))
+    expected = grouped_matmul_and_vjp(x, stack[2 : 2 + NUM_EXPERTS], order.tile_expert, dy)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_close(actual, wanted)
 
 
 # Experts
