@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from disag_jax.config import Config, ConfigError
+from disag_jax.config import Config
 from disag_jax.dispatch import Cotangent
 from disag_jax.flops import FORWARD_AND_BACKWARD, model_flops
 from disag_jax.geometry import Bucket, Geometry, buckets, make_geometry
 from disag_jax.model import POST_NORM, init_attention_layer, init_experts
+from disag_jax.phases import Layouts
 from disag_jax.shared_loss import SharedLoss
 from disag_jax.timing import Figure, time_calls
 from disag_jax.units import AttentionUnit, ExpertUnit
 from layers.head import HeadParams, cross_entropy_and_grads
-from mesh.packing import RowLayout
+from mesh.roles import Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,36 +165,36 @@ class _UnitBench:
         scales = jnp.ones((2,), g.wide_dtype)
 
         def backward(params, kept, cotangent):
-            return self.attention.backward(params, kept, cotangent, 0, scales)
+            dparams, dh_TD = self.attention.backward(params, kept, cotangent, 0, scales)
+            return dparams, dh_TD, ()
 
-        return self._accumulating(
-            backward, self.attention_params, (self.attention_params, self.kept, cotangent)
-        )
+        arguments = (self.attention_params, self.kept, cotangent)
+        return self._accumulating(Role.ATTENTION, backward, arguments)
 
     def _expert_backward(self):
-        return self._accumulating(
-            self.expert.backward,
-            self.expert_params,
-            (self.expert_params, self.expert_kept, self.dy),
-        )
+        def backward(params, kept, dy):
+            dparams, cotangent = self.expert.backward(params, kept, dy)
+            dnorm = dparams.pop(POST_NORM)
+            return dparams, cotangent, dnorm
 
-    def _accumulating(self, backward, params, arguments):
-        """A call that runs a backward unit and adds its parameter gradients in place."""
-        layout, model = RowLayout(params), self.g.config.model
-        matrix = model.d_model * model.expert_width  # as in disag_jax.phases.Layouts
-        num_columns = -(-layout.num_columns // matrix) * matrix
-        sums = jnp.zeros((1, num_columns), self.g.wide_dtype)
+        arguments = (self.expert_params, self.expert_kept, self.dy)
+        return self._accumulating(Role.EXPERT, backward, arguments)
 
-        def run(sums, arguments):
-            dparams, dx = backward(*arguments)
-            return layout.add(sums, jnp.int32(0), dparams), dx
+    def _accumulating(self, role: Role, backward, arguments):
+        """A call that runs a backward unit and adds its gradients to a layer's sums in place."""
+        layouts = dataclasses.replace(Layouts.of(self.g), colocated=False)
+        sums = jnp.zeros((2, layouts.num_columns(role)), self.g.wide_dtype)
+
+        def run(sums, layer_row, arguments):
+            dparams, *others = backward(*arguments)
+            return layouts.add(sums, role, layer_row, dparams), others
 
         program = jax.jit(run, donate_argnums=0)
 
         def call():
             nonlocal sums
-            sums, dx = program(sums, arguments)
-            return dx
+            sums, others = program(sums, jnp.int32(1), arguments)
+            return others
 
         return call
 
@@ -220,12 +221,3 @@ class _UnitBench:
             return results
 
         return call
-
-
-def check_devices(config: Config):
-    """ConfigError unless there are as many devices as the config's split has."""
-    if len(jax.devices()) < config.split.num_devices:
-        raise ConfigError(
-            f"split = {config.split.num_devices} devices must be at most the "
-            f"{len(jax.devices())} {jax.devices()[0].platform} devices here"
-        )

@@ -60,7 +60,7 @@ def rows_times_weights(x_PA, weights, tile_expert, *, transpose: bool):
             ],
         )
 
-    def kernel(tile_expert, tile_place, x, w, out):
+    def multiply_by_group(tile_expert, tile_place, x, w, out):
         def in_scope(allocations, staging):
             group = lax.axis_index("wg")
             columns = pl.ds(group * WARPGROUP_COLUMNS, WARPGROUP_COLUMNS)
@@ -96,7 +96,7 @@ def rows_times_weights(x_PA, weights, tile_expert, *, transpose: bool):
         _with_buffers(in_scope, pipeline(_ignore, _ignore), (x, w.at[0]), out.dtype)
 
     out = jax.ShapeDtypeStruct((num_rows, outer), x_PA.dtype)
-    return _call(kernel, (tile_expert, tile_expert + first, x_PA, stack), out)
+    return _call(multiply_by_group, (tile_expert, tile_expert + first, x_PA, stack), out)
 
 
 def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: int):
@@ -128,7 +128,7 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: 
             ],
         )
 
-    def kernel(places, tiles, firsts, x, dy, sums):
+    def weight_gradient(places, tiles, firsts, x, dy, sums):
         def in_scope(allocations, staging):
             group = lax.axis_index("wg")
             columns = pl.ds(group * WARPGROUP_COLUMNS, WARPGROUP_COLUMNS)
@@ -163,7 +163,8 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: 
         _with_buffers(in_scope, pipeline(_ignore, _ignore), (x, dy), sums.dtype)
 
     places_E = first + jnp.arange(num_experts, dtype=jnp.int32)
-    return _call(kernel, (places_E, tiles_E, first_E, x_PA, dy_PB), in_place=sums_NAB)
+    operands = (places_E, tiles_E, first_E, x_PA, dy_PB)
+    return _call(weight_gradient, operands, in_place=sums_NAB)
 
 
 def _concurrent_steps(out_dtype) -> int:
@@ -256,6 +257,7 @@ def _call(kernel, operands, out=None, *, in_place=None):
             grid=(jax.devices()[0].core_count,), grid_names=("sm",), num_threads=3, thread_name="wg"
         ),
         out_type=() if out is None else out,
+        name=kernel.__name__,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
     # Pallas' loops count in 32 bits and cannot be traced where JAX counts in 64.
