@@ -3,10 +3,18 @@
 One attention and one expert worker. Attention and experts are equal at this sequence length, so
 neither role waits for the other; the model is no published one.
 
-  XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 python train.py --config configs/balanced.py --workdir runs/b
+  python train.py --config configs/balanced.py --workdir runs/balanced
 """
 
-from disag_jax.config import BatchConfig, Config, Dtype, ModelConfig, RunConfig, SplitConfig
+from disag_jax.config import (
+    BatchConfig,
+    Config,
+    Dtype,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SplitConfig,
+)
 
 
 def get_config() -> Config:
@@ -25,6 +33,8 @@ def get_config() -> Config:
             balance_loss_weight=0.01,
         ),
         split=SplitConfig(stages=1, attention_workers=1, expert_workers=1),
+        # A faster start collapses the router, and then nothing is routed any more.
+        optimizer=OptimizerConfig(peak_learning_rate=2e-4, final_learning_rate=2e-5),
         batch=BatchConfig(sequence_length=8192, tokens_per_worker=16_384, micro_batches=16),
         run=RunConfig(
             num_steps=20, compute_dtype=Dtype.BFLOAT16, loss_chunk=2048, log_every=1, eval_batches=1
