@@ -1,0 +1,46 @@
+"""XLA flags and environment variables: defaults that whatever the user has set outlives."""
+
+import os
+
+import pytest
+
+from mesh import runtime
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """The variables that the module changes, restored after the test."""
+    for name in ("XLA_FLAGS", "JAX_PLATFORMS", "PJRT_NPROC", *runtime.GPU_ENVIRONMENT,
+                 *runtime.SOCKETS):  # fmt: skip
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def flags(environment_now):
+    return dict(flag.split("=", 1) for flag in environment_now["XLA_FLAGS"].split())
+
+
+def test_accelerators_get_defaults():
+    runtime.start(0)
+    assert flags(os.environ) == runtime.GPU_FLAGS
+    assert {name: os.environ[name] for name in runtime.GPU_ENVIRONMENT} == runtime.GPU_ENVIRONMENT
+    assert "JAX_PLATFORMS" not in os.environ and "NCCL_P2P_DISABLE" not in os.environ
+
+
+def test_what_the_user_has_set_stays(environment):
+    (name,) = runtime.GPU_FLAGS
+    environment.setenv("XLA_FLAGS", f"{name}=false --xla_other=1")
+    environment.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    runtime.start(0, deterministic=True, network="sockets")
+    assert flags(os.environ) == {name: "false", "--xla_other": "1"} | runtime.DETERMINISTIC_FLAGS
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+def test_simulated_devices_are_as_many_as_asked_for(environment):
+    environment.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3 --xla_other=1")
+    runtime.start(6)
+    found = flags(os.environ)
+    assert found["--xla_force_host_platform_device_count"] == "6" and found["--xla_other"] == "1"
+    assert os.environ["JAX_PLATFORMS"] == "cpu" and int(os.environ["PJRT_NPROC"]) >= 32
