@@ -96,7 +96,7 @@ def train(
 
 
 def make_meshes(config: Config) -> Meshes:
-    """The meshes over all devices; ConfigError if their number is not the split's."""
+    """The meshes over all devices; ConfigError if they are not those that the config needs."""
     placement, devices = placement_of(config), jax.devices()
     if len(devices) != placement.num_devices:
         has_none = len(devices) == 1 and devices[0].platform == "cpu"
@@ -110,6 +110,12 @@ def make_meshes(config: Config) -> Meshes:
         raise ConfigError(
             f"split = {placement.num_devices} devices must be of one kind, not {', '.join(kinds)}: "
             "the schedule waits for the slowest"
+        )
+    is_bfloat16 = config.run.compute_dtype is Dtype.BFLOAT16
+    if devices[0].platform == "gpu" and is_bfloat16 and config.model.head_dim % 8:
+        raise ConfigError(
+            f"model.head_dim = {config.model.head_dim} must be a multiple of 8 on GPUs in bfloat16, "
+            "for cuDNN's attention"
         )
     return Meshes.make(placement, devices)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from disag_jax.config import Config, ConfigError, Dtype, RouterScore
+from disag_jax.config import Config, ConfigError, Dtype, PlacementKind, RouterScore
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__"
@@ -101,6 +101,7 @@ def test_every_number_has_a_range():
                 assert f"{section.name}.{field.name}" in ranged
 
 
+TWIN = {"split__placement": PlacementKind.COLOCATED}
 SOURCES = {"data__sources": ("a.bin", "b.npy")}
 
 RELATIONS = [
@@ -111,6 +112,11 @@ RELATIONS = [
     ("batch.tokens_per_worker", 64, "a multiple of batch.sequence_length (128)", {}),
     ("split.expert_workers", 9, "at most model.num_experts (8)", {}),
     ("split.stages", 5, "at most model.num_layers (4)", {}),
+    (
+        "split.expert_workers", 3, "a divisor of split.attention_workers (4)",
+        {**TWIN, "split__attention_workers": 4},
+    ),
+    ("split.hop", 2, "1 with split.placement = colocated", TWIN),
     (
         "optimizer.final_learning_rate", 1e-2, "at most optimizer.peak_learning_rate (0.001)",
         {},
@@ -144,6 +150,7 @@ TYPES = [
     *[("data.paths", value, "a tuple of strings") for value in ("text", ["text"], (1,))],
     ("model.normalize_gates", 1, "True or False"),
     ("model.router_score", "softmax", "one of RouterScore.SOFTMAX, RouterScore.SIGMOID"),
+    ("split.placement", "colocated", "one of PlacementKind.DISAGGREGATED, PlacementKind.COLOCATED"),
     ("run.compute_dtype", "float16", "one of Dtype.BFLOAT16, Dtype.FLOAT32, Dtype.FLOAT64"),
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 
 from configs import tiny
 from disag_jax import startup_report, training
-from disag_jax.config import ConfigError, SplitConfig
+from disag_jax.config import ConfigError, Dtype, PlacementKind, SplitConfig
 from disag_jax.step import NonFiniteLossError, Stepper
 from tests import support
 
@@ -202,3 +202,44 @@ def test_tiny_config_is_the_promised_split():
     split = config.split
     assert (split.stages, split.attention_workers, split.expert_workers) == (2, 1, 3)
     assert split.num_devices == 8 and config.model.num_experts == 12
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """As much of a device as is looked at before meshes are made."""
+
+    platform: str
+    device_kind: str
+
+
+def meshes_on(devices, monkeypatch, **changes):
+    config = tiny.get_config()
+    for section, fields in changes.items():
+        setattr(config, section, dataclasses.replace(getattr(config, section), **fields))
+    monkeypatch.setattr(training.jax, "devices", lambda: devices)
+    return training.make_meshes(config.validate())
+
+
+def test_no_accelerator_is_said_with_what_to_do(monkeypatch):
+    with pytest.raises(ConfigError, match=r"must equal the 1 cpu devices here: no accelerator"):
+        meshes_on([FakeDevice("cpu", "cpu")], monkeypatch)
+
+
+def test_gpus_of_several_kinds_are_refused(monkeypatch):
+    devices = [FakeDevice("gpu", "H100")] * 7 + [FakeDevice("gpu", "A100")]
+    with pytest.raises(ConfigError, match=r"must be of one kind, not A100, H100"):
+        meshes_on(devices, monkeypatch)
+
+
+def test_head_dims_that_cudnn_refuses_are_refused(monkeypatch):
+    devices = [FakeDevice("gpu", "H100")] * 8
+    changes = {"model": {"head_dim": 12}, "run": {"compute_dtype": Dtype.BFLOAT16}}
+    with pytest.raises(ConfigError, match=r"model.head_dim = 12 must be a multiple of 8 on GPUs"):
+        meshes_on(devices, monkeypatch, **changes)
+
+
+def test_colocated_mappings_must_fit_the_devices(monkeypatch):
+    devices = [FakeDevice("gpu", "H100")] * 8
+    three = {"placement": PlacementKind.COLOCATED, "attention_workers": 3, "expert_workers": 3}
+    with pytest.raises(ConfigError, match=r"split = 6 devices .* must equal the 8 gpu devices"):
+        meshes_on(devices, monkeypatch, split=three)
