@@ -1,6 +1,7 @@
 """What all commands share: flags, the config file, and mistakes told in one sentence."""
 
 import dataclasses
+import os
 import sys
 
 from absl import app, flags, logging
@@ -41,6 +42,9 @@ def run(main, arguments: str | None = None):
             _fail(str(error))
         except RunError as error:
             _fail(str(error), RUN_ERROR)
+        except BrokenPipeError:
+            # Whoever read the output, such as `head`, has had enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     app.run(guarded, flags_parser=_parse)
 

@@ -78,6 +78,7 @@ def train(
         state = checkpoints.restore(step)[0]
     else:
         state = stepper.init(config.run.seed)
+    processes.on_first(lambda: directory.write_config(config))
     steps = range(state.step, config.run.num_steps)
     outputs = Outputs(
         display=make_display(config),
@@ -114,8 +115,8 @@ def make_meshes(config: Config) -> Meshes:
     is_bfloat16 = config.run.compute_dtype is Dtype.BFLOAT16
     if devices[0].platform == "gpu" and is_bfloat16 and config.model.head_dim % 8:
         raise ConfigError(
-            f"model.head_dim = {config.model.head_dim} must be a multiple of 8 on GPUs in bfloat16, "
-            "for cuDNN's attention"
+            f"model.head_dim = {config.model.head_dim} must be a multiple of 8 on GPUs in "
+            "bfloat16, for cuDNN's attention"
         )
     return Meshes.make(placement, devices)
 

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import json
 import pathlib
+import tempfile
 import typing
 
 from disag_jax.config import Config, ConfigError
@@ -21,7 +22,7 @@ class Workdir:
         self.profile = self.path / "profile"
 
     def open(self, config: Config, *, resume: bool):
-        """Creates or reopens the directory.
+        """Creates or reopens the directory; what a run of `config` is, `write_config` says in it.
 
         A new run wants a directory without another run in it; a resumed one wants the directory of
         the same experiment. ConfigError otherwise, or if it cannot be written.
@@ -30,6 +31,7 @@ class Workdir:
         try:
             traces = [p for p in (self.config, self.metrics, self.checkpoints) if p.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise _unwritable(path, error) from error
         if traces and not resume:
@@ -41,10 +43,13 @@ class Workdir:
             raise ConfigError(f"workdir = {path!r} must hold a run to resume")
         if resume:
             self._check_same_run(config)
+
+    def write_config(self, config: Config):
+        """Makes the directory that of a run of `config`, when nothing can refuse it any more."""
         try:
             self.config.write_text(json.dumps(dataclasses.asdict(config), indent=2))
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise _unwritable(str(self.path), error) from error
 
     def read_config(self) -> Config:
         """The config of the run that the directory holds; ConfigError if there is no such run."""

@@ -47,6 +47,7 @@ def make_run(path, lines) -> str:
     """A workdir with these records, or lines as they are."""
     directory = Workdir(str(path))
     directory.open(Config(), resume=False)
+    directory.write_config(Config())
     text = (line if isinstance(line, str) else json.dumps(line) for line in lines)
     directory.metrics.write_text("\n".join(text))
     return str(path)

@@ -25,6 +25,7 @@ def small_config(**model) -> Config:
 def workdir_of(config: Config, path: pathlib.Path) -> Workdir:
     workdir = Workdir(str(path / "run"))
     workdir.open(config, resume=False)
+    workdir.write_config(config)
     return workdir
 
 
@@ -94,4 +95,6 @@ def test_another_split_goes_on(tmp_path):
     config.split = SplitConfig(stages=1, attention_workers=3, expert_workers=2)
     config.batch.micro_batches = 1
     workdir.open(config, resume=True)
+    assert workdir.read_config() == small_config(), "nothing is written before the run is sure"
+    workdir.write_config(config)
     assert workdir.read_config() == config
