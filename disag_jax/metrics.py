@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import tensorboardX
+from jax.experimental import multihost_utils
 
 from disag_jax.config import Config
 from disag_jax.flops import model_flops, peak_flops
@@ -61,8 +62,10 @@ class StepMeter:
           dropped_pairs: (token, expert) pairs that capacity_factor dropped, summed.
 
         bucket_reruns: runs repeated because a message overflowed its transport bucket; bucket_rows:
-        rows per slot of the last step's bucket. peak_memory_gib: of each worker of this process,
-        the most that it has held since the start, if the backend says so.
+        rows per slot of the last step's bucket. peak_memory_gib: of each worker, the most that it
+        has held since the start, if the backend says so.
+
+        All processes make their records together: they tell each other what their workers hold.
         """
         steps, self._steps = self._steps, []
         record = {
@@ -124,19 +127,25 @@ def imbalance_cost(counts_LE, places: ExpertPlaces):
 
 
 def peak_memory(meshes: Meshes) -> dict[str, float]:
-    """The most GiB held so far by each worker of this process; empty if the backend keeps no count.
+    """The most GiB held so far by each worker; empty if the backend keeps no count.
 
-    Workers are called "replica0_stage1_expert2", co-located "replica0_stage1_worker2".
+    Workers are called "replica0_stage1_expert2", co-located "replica0_stage1_worker2". Every
+    process must call it at the same time, and each knows its own devices only.
     """
-    found = {}
-    for replica, devices in enumerate(meshes.union.devices):
-        for worker, device in enumerate(devices):
-            is_here = device.process_index == jax.process_index()
-            stats = device.memory_stats() if is_here else None
-            if stats and "peak_bytes_in_use" in stats:
-                name = f"replica{replica}_{meshes.placement.name_of(worker)}"
-                found[name] = stats["peak_bytes_in_use"] / 2**30
-    return found
+    devices = meshes.union.devices
+    peaks = np.full(devices.shape, -1.0)
+    for index, device in np.ndenumerate(devices):
+        is_here = device.process_index == jax.process_index()
+        stats = device.memory_stats() if is_here else None
+        if stats and "peak_bytes_in_use" in stats:
+            peaks[index] = stats["peak_bytes_in_use"] / 2**30
+    if jax.process_count() > 1:
+        peaks = np.max(multihost_utils.process_allgather(peaks), axis=0)
+    return {
+        f"replica{replica}_{meshes.placement.name_of(worker)}": float(peak)
+        for (replica, worker), peak in np.ndenumerate(peaks)
+        if peak >= 0
+    }
 
 
 class MetricsLog:

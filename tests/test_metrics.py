@@ -125,6 +125,21 @@ def test_memory_of_each_worker_that_the_backend_counts():
     }
 
 
+def test_memory_of_other_processes_is_what_they_say(monkeypatch):
+    placement = support.make_stepper(CONFIG).meshes.placement
+    theirs = types.SimpleNamespace(process_index=1, memory_stats=lambda: None)
+    mine = types.SimpleNamespace(process_index=0, memory_stats=lambda: {"peak_bytes_in_use": 2**30})
+    union = types.SimpleNamespace(devices=np.array([[mine, theirs]]))
+    monkeypatch.setattr(metrics.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        metrics.multihost_utils,
+        "process_allgather",
+        lambda own: np.stack([own, [[-1.0, 3.0]]]),
+    )
+    found = metrics.peak_memory(types.SimpleNamespace(placement=placement, union=union))
+    assert found == {"replica0_stage0_attention0": 1.0, "replica0_stage0_expert0": 3.0}
+
+
 def read_events(directory) -> dict[tuple[str, int], float]:
     """{(tag, step): value} of TensorBoard's files."""
     found = {}
