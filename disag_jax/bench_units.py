@@ -21,6 +21,7 @@ from disag_jax.shared_loss import SharedLoss
 from disag_jax.timing import Figure, time_calls
 from disag_jax.units import AttentionUnit, ExpertUnit
 from layers.head import HeadParams, cross_entropy_and_grads
+from mesh.m2n import slot_of_receiver
 from mesh.roles import Role
 
 
@@ -96,7 +97,7 @@ class _UnitBench:
         self.attention_forward = jax.jit(forward)
         outputs = [self._attend(i) for i in range(g.M)]
         self.kept, stats = outputs[0][1], outputs[0][2]
-        slots = [0 if colocated else -i % g.R for i in range(g.M)]
+        slots = [0 if colocated else slot_of_receiver(i, 0, g.R) for i in range(g.M)]
         self.inbox = jax.tree.map(
             lambda *leaves: jnp.stack([x[s] for x, s in zip(leaves, slots, strict=True)]),
             *(message for message, _, _ in outputs),

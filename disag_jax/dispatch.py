@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from disag_jax.geometry import Geometry
 from layers.permute import gather_sum, spread, take_rows
+from mesh.m2n import receiver_of_slot, slot_of_receiver
 
 
 class Message(NamedTuple):
@@ -103,7 +104,7 @@ def plan_dispatch(geometry: Geometry, ids_TK, kept_TK, rank):
     )
     filled_TN = jnp.cumsum(to_worker_TN, axis=0)
     place_TK = jnp.take_along_axis(filled_TN - to_worker_TN, worker_TK, axis=1)
-    slot_TK = (worker_TK - rank) % g.R
+    slot_TK = slot_of_receiver(rank, worker_TK, g.R)
     row_TK = jnp.where(travels_TK & (place_TK < g.C), slot_TK * g.C + place_TK, -1)
     is_copy_TKF = travels_TK[..., None] & (copy_TK[..., None] == jnp.arange(g.F))
     position_TF = jnp.max(jnp.where(is_copy_TKF, row_TK[..., None], -1), axis=1)
@@ -170,7 +171,7 @@ def _local_expert_ids(geometry: Geometry, dispatch: Dispatch, token, rank):
     place = jnp.asarray(g.places.expert_places())[dispatch.ids]
     place = jnp.where(dispatch.kept > 0, place, -1)
     place_rows = jnp.where(token[:, None] >= 0, place[jnp.maximum(token, 0)], -1)
-    receiver = (rank + jnp.arange(g.R * g.C) // g.C) % g.R
+    receiver = receiver_of_slot(rank, jnp.arange(g.R * g.C) // g.C, g.R)
     local = place_rows - receiver[:, None] * g.places.per_worker
     here = (place_rows >= 0) & (local >= 0) & (local < g.places.per_worker)
     return jnp.where(here, local, -1).astype(jnp.int32)

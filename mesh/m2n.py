@@ -15,6 +15,16 @@ from mesh.placement import WORKER, Placement
 from mesh.roles import Role
 
 
+def receiver_of_slot(sender, slot, rounds: int):
+    """The expert rank that attention rank `sender` talks to in a slot."""
+    return (sender + slot) % rounds
+
+
+def slot_of_receiver(sender, receiver, rounds: int):
+    """The slot in which attention rank `sender` talks to an expert rank."""
+    return (receiver - sender) % rounds
+
+
 def forward_pairs(placement: Placement) -> list[list[tuple[int, int]]]:
     """The (source, target) workers of each of the R rounds of a forward transfer."""
     rounds = []
@@ -23,7 +33,7 @@ def forward_pairs(placement: Placement) -> list[list[tuple[int, int]]]:
         for stage in range(placement.stages):
             next_stage = (stage + 1) % placement.stages
             for i in range(placement.attention_workers):
-                j = (i + r) % placement.rounds
+                j = receiver_of_slot(i, r, placement.rounds)
                 if j >= placement.expert_workers:
                     continue
                 expert = placement.worker(stage, Role.EXPERT, j)
@@ -93,8 +103,8 @@ def _exchange(words, rounds):
 def pick_slots(words, rank, num_senders: int):
     """An expert worker's slots that have a sender: [R, ...] -> [M, ...].
 
-    `rank` (traced) is the expert rank; attention rank i sends in slot (rank - i) mod R. The result
-    is in the senders' order, except that where every slot has a sender nothing moves.
+    `rank` (traced) is the expert rank. The result is in the senders' order, except that where every
+    slot has a sender nothing moves.
     """
     rounds = words.shape[0]
     if num_senders == rounds:
@@ -112,4 +122,4 @@ def place_slots(words, rank, rounds: int):
 
 
 def _sender_slots(rank, num_senders: int, rounds: int):
-    return (rank - jnp.arange(num_senders)) % rounds
+    return slot_of_receiver(jnp.arange(num_senders), rank, rounds)
