@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from disag_jax.config import SplitConfig
+from disag_jax.config import PlacementKind, RouterScore, SplitConfig
 from disag_jax.geometry import Bucket, buckets
 from disag_jax.step import BUCKET_MEMORY, BucketChooser, NonFiniteLossError
 from tests import reference, support
@@ -34,22 +34,32 @@ def start(stepper):
     return params, bias, support.place_state(stepper, params, bias)
 
 
-def test_twenty_steps_equal_a_plain_optax_trainer(everything_on):
-    config = everything_on.config
-    params, bias, state = start(everything_on)
+@pytest.fixture(scope="module")
+def colocated():
+    """The same with a sigmoid router, co-located."""
+    split = SplitConfig(attention_workers=4, expert_workers=2, placement=PlacementKind.COLOCATED)
+    router = {"router_score": RouterScore.SIGMOID, "gate_scale": 2.5}
+    return support.make_stepper(support.small_config(split, 2, **EVERYTHING_ON, **router))
+
+
+@pytest.mark.parametrize("name", ["everything_on", "colocated"])
+def test_twenty_steps_equal_a_plain_optax_trainer(name, request):
+    stepper = request.getfixturevalue(name)
+    config = stepper.config
+    params, bias, state = start(stepper)
     opt_state = reference.make_optimizer(config).init(params)
     oracle_step = jax.jit(functools.partial(reference.train_step, config))
     clipped = 0
     for step in range(config.run.num_steps):
         sequences = support.random_sequences(config, seed=step)
         params, opt_state, bias, aux = oracle_step(params, opt_state, bias, sequences)
-        state, metrics = everything_on.train_step(state, sequences)
+        state, metrics = stepper.train_step(state, sequences)
         assert support.relative_error(metrics["total_loss"], aux["loss"]) < 1e-9, step
         clipped += metrics["gradient_norm"] > config.optimizer.max_grad_norm
     assert clipped > 0, "the test must clip"
     assert np.abs(np.asarray(bias)).max() > 0, "the test must move the bias"
     np.testing.assert_allclose(np.asarray(state.router_bias), bias, atol=1e-12)
-    actual = support.logical_params(everything_on, state.params)
+    actual = support.logical_params(stepper, state.params)
     errors = jax.tree.map(support.relative_error, actual, params)
     assert max(jax.tree.leaves(errors)) < 1e-8, errors
 
