@@ -1,6 +1,7 @@
 """Batches of token sequences: a pure function of the sources, the seed and the step."""
 
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -139,6 +140,11 @@ class Batches:
         if sequences.min(initial=0) < 0 or sequences.max(initial=0) >= self._vocab_size:
             self._refuse(numbers, sequences)
         return Batch.of(sequences, **self._documents)
+
+    def digest(self) -> str:
+        """A checksum of the first batch, which is drawn from everywhere and stands for the data."""
+        first = self.step(0)
+        return f"{zlib.crc32(first.labels.tobytes(), zlib.crc32(first.tokens.tobytes())):08x}"
 
     def _num_records(self, source: Source) -> int:
         tokens, needed = source.tokens, self.sequence_length + 1

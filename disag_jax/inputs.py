@@ -10,6 +10,7 @@ from disag_jax import text, token_files
 from disag_jax.batches import Batch, Batches, Source
 from disag_jax.bigram import BigramModel
 from disag_jax.config import Config, ConfigError, DataConfig
+from disag_jax.tokenizer import BYTES
 
 # Evaluation batches are the same for every run on a text, whatever its seed; so is the baseline.
 EVALUATION_SEED = 0
@@ -20,12 +21,16 @@ BASELINE_TOKENS = 2**23
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Batches of both splits, and the bigram baseline's loss on the evaluation batches."""
+    """Batches of both splits, and the bigram baseline's loss on the evaluation batches.
+
+    tokens_are_bytes: whether a token is a byte of text.
+    """
 
     description: str
     train: Batches
     held_out: Batches
     bigram_loss: float
+    tokens_are_bytes: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,7 @@ class _Splits:
     train: list[Source]
     held_out: list[Source]
     end_of_document: int | None
+    tokens_are_bytes: bool
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -71,6 +77,7 @@ def load_inputs(config: Config) -> Inputs:
         train=batches(splits.train, config.run.seed, data.weights),
         held_out=held_out,
         bigram_loss=sum(losses) / len(losses),
+        tokens_are_bytes=splits.tokens_are_bytes,
     )
 
 
@@ -111,6 +118,7 @@ def _read_text(data: DataConfig) -> _Splits:
         train=[Source("data.paths: the training text", corpus.train)],
         held_out=[Source("data.paths: the held-out text", corpus.held_out)],
         end_of_document=text.END_OF_DOCUMENT,
+        tokens_are_bytes=True,
     )
 
 
@@ -133,7 +141,12 @@ def _open_token_files(config: Config) -> _Splits:
         evaluation = [Source(f.name, f.tokens) for f in held_out]
     else:
         evaluation = [
-            Source(f.name, f.tokens[cut:], cut) for f, cut in zip(train, cuts, strict=True)
+            Source(
+                f"{f.name} (held out: data.held_out_fraction = {data.held_out_fraction})",
+                f.tokens[cut:],
+                cut,
+            )
+            for f, cut in zip(train, cuts, strict=True)
         ]
     sizes = [sum(len(source.tokens) for source in side) for side in (training, evaluation)]
     header, more = train[0].header, f" and {len(train) - 1} more" if train[1:] else ""
@@ -143,4 +156,5 @@ def _open_token_files(config: Config) -> _Splits:
         train=training,
         held_out=evaluation,
         end_of_document=header.end_of_document,
+        tokens_are_bytes=header.tokenizer == BYTES,
     )

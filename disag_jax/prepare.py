@@ -85,6 +85,8 @@ def prepare(
     tokenizer = load_tokenizer(tokenizer_name, end_name)
     files = find_inputs(inputs)
     target = pathlib.Path(output.removesuffix(".bin") + ".bin")
+    if output.endswith("/") or not target.stem or target.stem.endswith((".npy", ".json")):
+        raise ConfigError(f"--output = {output!r} must be a file's path, without a suffix or .bin")
     if token_files.header_path(target).exists():
         raise ConfigError(f"--output = {output!r} must be new: {target} is finished")
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"

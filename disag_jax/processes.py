@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from jax.experimental import multihost_utils
 from disag_jax.batches import Batches
 from disag_jax.config import Config
 from disag_jax.errors import ConfigError, RunError
+from disag_jax.workdir import Workdir
 
 # A sentence for the other processes, in bytes; longer ones are cut.
 SENTENCE_BYTES = 1024
-UNFORESEEN = "process 0 failed; its own message says why"
+UNFORESEEN = "another process failed; its own message says why"
 
 
 def join(
@@ -30,12 +32,17 @@ def join(
     Without a coordinator, a SLURM or MPI launch of several processes is detected by JAX; a single
     process connects to nobody. Raises ConfigError if the coordinator does not answer in time.
     """
-    if coordinator is None and not _launched_with_others():
-        return
+    if coordinator is None:
+        for name, value in (("num_processes", num_processes), ("process_id", process_id)):
+            if value is not None:
+                raise ConfigError(f"--{name} = {value} must come with --coordinator")
+        if not _launched_with_others():
+            return
     if coordinator is not None:
         _check_numbers(num_processes, process_id)
+        address = _host_and_port(coordinator)
         if process_id > 0:
-            _wait_until_reachable(coordinator, config.run.start_timeout_seconds)
+            _wait_until_reachable(coordinator, address, config.run.start_timeout_seconds)
     with _last_words(
         f"process {process_id} could not join {num_processes} processes at {coordinator}: every "
         "--process_id must be used once, and all must start within run.start_timeout_seconds = "
@@ -60,10 +67,19 @@ def on_first(action):
 
     Any other exception goes on where it was raised, and the other processes end with a RunError.
     """
-    sentence, failure = "", None
-    if is_first():
+    _agree(action if is_first() else None)
+
+
+def on_each(action):
+    """Runs `action()` on every process and returns its result; exceptions are as in `on_first`."""
+    return _agree(action)
+
+
+def _agree(action):
+    result, sentence, failure = None, "", None
+    if action is not None:
         try:
-            action()
+            result = action()
         except ConfigError as error:
             sentence = str(error)
         except Exception as error:
@@ -72,14 +88,16 @@ def on_first(action):
         encoded = np.zeros(SENTENCE_BYTES, np.uint8)
         text = sentence.encode()[:SENTENCE_BYTES]
         encoded[: len(text)] = np.frombuffer(text, np.uint8)
-        received = np.asarray(multihost_utils.broadcast_one_to_all(encoded))
-        sentence = received.tobytes().rstrip(b"\0").decode(errors="ignore")
+        everyone = np.asarray(multihost_utils.process_allgather(encoded))
+        said = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in everyone]
+        sentence = next((s for s in said if s), "")
     if failure is not None:
         raise failure
     if sentence == UNFORESEEN:
         raise RunError(sentence)
     if sentence:
         raise ConfigError(sentence)
+    return result
 
 
 def check_same_config(config: Config):
@@ -90,14 +108,22 @@ def check_same_config(config: Config):
 
 
 def check_same_text(batches: Batches):
-    """Raises ConfigError on every process if they read different text or token files.
-
-    The first batch stands for all of it: it is drawn from everywhere.
-    """
+    """Raises ConfigError on every process if they read different text or token files."""
     if jax.process_count() > 1:
-        first = batches.step(0)
-        digest = zlib.crc32(first.labels.tobytes(), zlib.crc32(first.tokens.tobytes()))
-        _check_same([("the first batch read from data", f"digest {digest:08x}")])
+        _check_same([("the first batch read from data", f"digest {batches.digest()}")])
+
+
+def check_same_workdir(directory: Workdir):
+    """Raises ConfigError on every process unless all write to the same directory."""
+    if jax.process_count() > 1:
+        on_first(lambda: directory.mark(secrets.token_hex(8)))
+        _check_same([("the file that process 0 left in --workdir", directory.read_mark())])
+
+
+def check_same_flags(**values):
+    """Raises ConfigError on every process if flags that all must share differ."""
+    if jax.process_count() > 1:
+        _check_same((f"--{name}", value) for name, value in values.items())
 
 
 def _check_same(named):
@@ -133,15 +159,21 @@ def _check_numbers(num_processes: int | None, process_id: int | None):
         )
 
 
-def _wait_until_reachable(coordinator: str, timeout_seconds: float):
-    """Waits for process 0 to listen; JAX itself would end the process without an exception."""
+def _host_and_port(coordinator: str) -> tuple[str, int]:
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(f"--coordinator = {coordinator!r} must be host:port")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError(
+            f"--coordinator = {coordinator!r} must be host:port, with a port from 1 to {2**16 - 1}"
+        )
+    return host, int(port)
+
+
+def _wait_until_reachable(coordinator: str, address: tuple[str, int], timeout_seconds: float):
+    """Waits for process 0 to listen; JAX itself would end the process without an exception."""
     deadline = time.monotonic() + timeout_seconds
     while True:
         try:
-            socket.create_connection((host, int(port)), timeout=1).close()
+            socket.create_connection(address, timeout=1).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:

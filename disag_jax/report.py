@@ -24,6 +24,7 @@ PARTS = {
     "input wait": ("input_wait_seconds", "#e45756"),
     "host": ("host_seconds", "#b8b8b8"),
 }
+FEW_RECORDS = 8
 TRAINING, HELD_OUT, BASELINE = "#4c78a8", "#e45756", "#707070"
 
 # Loads above this share the darkest colour, or one bad start would leave the rest without contrast.
@@ -113,7 +114,10 @@ def _title(config: Config, last: dict) -> str:
 
 def _draw_loss(axes, steps, evaluations):
     axes.set_title("Loss, nats per token")
-    axes.plot(_column(steps, "step"), _column(steps, "loss"), color=TRAINING, label="training")
+    marker = _marker(steps)
+    axes.plot(
+        _column(steps, "step"), _column(steps, "loss"), marker, color=TRAINING, label="training"
+    )
     if evaluations:
         at, values = _column(evaluations, "step"), _column(evaluations, "held_out_loss")
         label = f"held out, last {values[-1]:.3f}"
@@ -126,7 +130,7 @@ def _draw_loss(axes, steps, evaluations):
 def _draw_speed(axes, steps):
     values = _column(steps, "tokens_per_second")
     axes.set_title(f"Tokens per second, median {EngFormatter(places=1)(np.nanmedian(values))}")
-    axes.plot(_column(steps, "step"), values, color=TRAINING)
+    axes.plot(_column(steps, "step"), values, _marker(steps), color=TRAINING)
     axes.yaxis.set_major_formatter(EngFormatter())
     axes.set_ylim(0, 1.1 * np.nanmax(values))
     # The right axis says the same in another unit.
@@ -162,6 +166,11 @@ def _draw_load(axes, steps):
     axes.invert_yaxis()
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     axes.figure.colorbar(image, ax=axes, extend="max" if load_LN.max() > top else "neither")
+
+
+def _marker(steps: list[dict]) -> str:
+    """A line; with points where they are few, since a line of one would not be seen."""
+    return "o-" if len(steps) < FEW_RECORDS else "-"
 
 
 def _column(records: list[dict], field: str) -> np.ndarray:

@@ -137,12 +137,16 @@ class TokenWriter:
 def _read_header(path: str, name: str) -> Header:
     file = header_path(path)
     try:
-        header = Header(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{name} must have a header {file.name} beside it, which disag_jax.prepare writes when "
-            f"it is done, but: {error}"
+            f"it is done, but: {getattr(error, 'strerror', None) or error}"
         ) from error
+    wanted = [field.name for field in dataclasses.fields(Header)]
+    if not isinstance(fields, dict) or set(fields) != set(wanted):
+        raise ConfigError(f"{name}: {file.name} must have the fields {', '.join(wanted)}")
+    header = Header(**fields)
     end = header.end_of_document
     rules = {
         "dtype": (header.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
@@ -154,6 +158,11 @@ def _read_header(path: str, name: str) -> Header:
         if not holds:
             value = getattr(header, field)
             raise ConfigError(f"{name}: {field} = {value!r} in {file.name} must be {rule}")
+    if end is not None and end >= header.vocab_size:
+        raise ConfigError(
+            f"{name}: end_of_document = {end} in {file.name} must be below vocab_size = "
+            f"{header.vocab_size}"
+        )
     return header
 
 

@@ -62,10 +62,14 @@ def train(
         jax.config.update("jax_enable_x64", True)
     processes.check_same_config(config)
     meshes = make_meshes(config)
-    inputs = load_inputs(config)
+    processes.check_same_flags(resume=resume, resume_step=step, profile_steps=profile_steps)
+    inputs = processes.on_each(lambda: load_inputs(config))
     processes.check_same_text(inputs.train)
     directory = Workdir(workdir)
-    processes.on_first(lambda: directory.open(config, resume=resume))
+    processes.on_first(
+        lambda: directory.open(config, resume=resume, data_digest=inputs.train.digest())
+    )
+    processes.check_same_workdir(directory)
     stepper = Stepper(config, meshes)
     stepper.check_memory()
     checkpoints = Checkpoints(
@@ -78,7 +82,12 @@ def train(
         state = checkpoints.restore(step)[0]
     else:
         state = stepper.init(config.run.seed)
-    processes.on_first(lambda: directory.write_config(config))
+    if state.step > config.run.num_steps:
+        raise ConfigError(
+            f"run.num_steps = {config.run.num_steps} must be at least {state.step}, the step of "
+            "the checkpoint that the run goes on from"
+        )
+    processes.on_first(lambda: directory.write_config(config, inputs.train.digest()))
     steps = range(state.step, config.run.num_steps)
     outputs = Outputs(
         display=make_display(config),
@@ -173,7 +182,7 @@ def _evaluate(stepper: Stepper, state: TrainState, inputs: Inputs, outputs: Outp
         "perplexity": float(np.exp(loss)),
         "bigram_loss": inputs.bigram_loss,
     }
-    if not stepper.config.data.sources:  # text is read as bytes
+    if inputs.tokens_are_bytes:
         result["bits_per_byte"] = loss / math.log(2)
     outputs.log.write(result)
     outputs.display.say(startup_report.evaluation(result))

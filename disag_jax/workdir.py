@@ -9,6 +9,8 @@ import typing
 
 from disag_jax.config import Config, ConfigError
 
+MARK = "started"
+
 
 class Workdir:
     """A run's directory and what lies in it."""
@@ -16,16 +18,18 @@ class Workdir:
     def __init__(self, path: str):
         self.path = pathlib.Path(path)
         self.config = self.path / "config.json"
+        self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
 
-    def open(self, config: Config, *, resume: bool):
+    def open(self, config: Config, *, resume: bool, data_digest: str | None = None):
         """Creates or reopens the directory; what a run of `config` is, `write_config` says in it.
 
         A new run wants a directory without another run in it; a resumed one wants the directory of
-        the same experiment. ConfigError otherwise, or if it cannot be written.
+        the same experiment on the same data (`Batches.digest`; None is any). ConfigError otherwise,
+        or if it cannot be written.
         """
         path = str(self.path)
         try:
@@ -43,11 +47,24 @@ class Workdir:
             raise ConfigError(f"workdir = {path!r} must hold a run to resume")
         if resume:
             self._check_same_run(config)
+            self._check_same_data(data_digest)
 
-    def write_config(self, config: Config):
+    def mark(self, token: str):
+        """Leaves a token that every process must find in its own directory."""
+        (self.path / MARK).write_text(token)
+
+    def read_mark(self) -> str | None:
+        """The token that `mark` left, None if there is none."""
+        try:
+            return (self.path / MARK).read_text()
+        except OSError:
+            return None
+
+    def write_config(self, config: Config, data_digest: str | None = None):
         """Makes the directory that of a run of `config`, when nothing can refuse it any more."""
         try:
             self.config.write_text(json.dumps(dataclasses.asdict(config), indent=2))
+            self.data.write_text(json.dumps({"first_batch": data_digest}))
         except OSError as error:
             raise _unwritable(str(self.path), error) from error
 
@@ -78,6 +95,17 @@ class Workdir:
             raise ConfigError(
                 f"batch.micro_batches = {now.batch.micro_batches} must make steps of "
                 f"{before.sequences_per_step} sequences, not {now.sequences_per_step}, {run}"
+            )
+
+    def _check_same_data(self, digest: str | None):
+        try:
+            before = json.loads(self.data.read_text())["first_batch"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # of a run before there was such a file
+        if None not in (before, digest) and before != digest:
+            raise ConfigError(
+                f"data (paths, sources, weights) must be that of the run that workdir "
+                f"{str(self.path)!r} holds: its first batch had the checksum {before}, not {digest}"
             )
 
 

@@ -206,6 +206,14 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, tokenizer_file):
     check_refused("must be writable, but: ", (root,), str(tmp_path / "file" / "out"), "bytes")
 
 
+@pytest.mark.parametrize("name", ["out/", "out.npy", "out.json", ""])
+def test_an_output_is_the_path_of_a_file(name, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    root = (str(tmp_path / "a.txt"),)
+    output = f"{tmp_path}/{name}"
+    check_refused("must be a file's path, without a suffix or .bin", root, output, "bytes")
+
+
 def test_an_output_is_neither_overwritten_nor_mixed(tmp_path, monkeypatch):
     root = write_texts(tmp_path / "text", {"a.txt": "the"})
     output = str(tmp_path / "out")

@@ -8,7 +8,11 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from disag_jax import processes
+from disag_jax.config import ConfigError
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 TIMEOUT_SECONDS = 240
@@ -168,6 +172,46 @@ def test_different_configs_are_refused_and_the_field_named(config_file, tmp_path
         assert "config.optimizer.weight_decay = " in error and "same in all processes" in error
 
 
+DISAGREEMENTS = {
+    "workdirs": ({}, {"--workdir": "{tmp}/other"}, "in --workdir = "),
+    "flags": ({"--resume": "true"}, {}, "--resume = "),
+    "files that one has not": (
+        {"--config.data.sources": "('{tmp}/a.bin',)", "--config.data.paths": "()"},
+        {"--config.data.sources": "('{tmp}/a.bin',)", "--config.data.paths": "()"},
+        "must be a .bin or .npy file that exists",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_what_one_process_alone_sees_ends_all(name, config_file, tmp_path):
+    port, (*each, sentence) = free_port(), DISAGREEMENTS[name]
+    running = []
+    for process, more in enumerate(each):
+        more = {"--workdir": "{tmp}/run", **more}
+        workdir = more.pop("--workdir").format(tmp=tmp_path)
+        joined = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={process}")
+        flags = (f"{flag}={value.format(tmp=tmp_path)}" for flag, value in more.items())
+        running.append(start(config_file, workdir, 4, *joined, *flags))
+    for _, error, code in finish(running):
+        assert code == 2 and sentence in error, (code, error[-2000:])
+
+
+def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
+    """The others' part of `on_each`, in one process."""
+    theirs = np.zeros(processes.SENTENCE_BYTES, np.uint8)
+    theirs[:5] = np.frombuffer(b"wrong", np.uint8)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        processes.multihost_utils, "process_allgather", lambda mine: np.stack([mine, theirs])
+    )
+    with pytest.raises(ConfigError, match=r"^wrong$"):
+        processes.on_each(lambda: "fine here")
+    theirs[:5] = 0
+    assert processes.on_each(lambda: "fine here") == "fine here"
+
+
 @pytest.mark.timeout(TIMEOUT_SECONDS)
 def test_used_workdir_is_refused_by_all_processes(config_file, tmp_path):
     (tmp_path / "config.json").write_text("{}")
@@ -220,6 +264,12 @@ def test_two_processes_with_one_id_are_refused(config_file, tmp_path):
     ]
     for _, error, code in finish(running):
         assert code != 0 and "every --process_id must be used once" in error, error
+
+
+@pytest.mark.timeout(60)
+def test_processes_need_a_coordinator(config_file, tmp_path):
+    ((_, error, code),) = finish([start(config_file, tmp_path / "run", 4, "--num_processes=2")])
+    assert code == 2 and "--num_processes = 2 must come with --coordinator" in error, error
 
 
 @pytest.mark.parametrize(

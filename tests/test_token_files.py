@@ -97,8 +97,14 @@ BAD_FILES = {
         "a.bin", IDS, changed(dtype="float16"),
         ": dtype = 'float16' in a.json must be one of uint16, uint32",
     ),
-    "no header": ("a.bin", IDS, [], "must have a header a.json beside it"),
-    "header without a field": ("a.bin", IDS, without("vocab_size"), "'vocab_size'"),
+    "no header": ("a.bin", IDS, [], ": a.json must have the fields dtype, num_tokens, vocab_size"),
+    "header without a field": (
+        "a.bin", IDS, without("vocab_size"), ": a.json must have the fields dtype, num_tokens",
+    ),
+    "end outside of the vocabulary": (
+        "a.bin", IDS, changed(end_of_document=HEADER.vocab_size),
+        f"in a.json must be below vocab_size = {HEADER.vocab_size}",
+    ),
     "header with a wrong field": (
         "a.bin", IDS, changed(end_of_document="</s>"),
         ": end_of_document = '</s>' in a.json must be an integer, 0 or more, or null",

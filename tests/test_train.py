@@ -66,6 +66,11 @@ def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
 
     with pytest.raises(ConfigError, match=r"step = 3 must be one of the checkpoints .*: 2, 4, 6$"):
         training.train(config, workdir, resume=True, step=3)
+    shorter = dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=5))
+    with pytest.raises(
+        ConfigError, match=r"run.num_steps = 5 must be at least 6, the step of the ch"
+    ):
+        training.train(shorter, workdir, resume=True)
     training.train(config, workdir, resume=True, step=4)
     again = [r for r in records(workdir)[len(steps) + 2 :] if "loss" in r]
     assert [r["step"] for r in again] == [5, 6]

@@ -90,6 +90,17 @@ def test_another_run_does_not_go_on_here(section, field, value, message, tmp_pat
     assert workdir.read_config() == small_config()
 
 
+def test_a_run_goes_on_with_its_own_data(tmp_path):
+    workdir, config = Workdir(str(tmp_path / "run")), small_config()
+    workdir.open(config, resume=False, data_digest="0badcafe")
+    workdir.write_config(config, "0badcafe")
+    workdir.open(config, resume=True, data_digest="0badcafe")
+    with pytest.raises(ConfigError, match=r"data .* must be that of the run .* 0badcafe, not 1"):
+        workdir.open(config, resume=True, data_digest="1")
+    workdir.data.unlink()
+    workdir.open(config, resume=True, data_digest="1")
+
+
 def test_another_split_goes_on(tmp_path):
     workdir, config = workdir_of(small_config(), tmp_path), small_config()
     config.split = SplitConfig(stages=1, attention_workers=3, expert_workers=2)
