@@ -13,7 +13,7 @@ import pytest
 
 from disag_jax import checkpoint
 from disag_jax.checkpoint import Checkpoints, SavedCheckpoint, UnreadableCheckpointError
-from disag_jax.config import ConfigError, SplitConfig
+from disag_jax.config import ConfigError, PlacementKind, SplitConfig
 from disag_jax.logical import state_maps
 from disag_jax.state import StateManager
 from disag_jax.step import Stepper
@@ -32,7 +32,10 @@ SPLITS = {
     "1 2 2": (SplitConfig(1, 1, 2, 2, bucket_factors=()), 2),
     "4 1 1": (SplitConfig(1, 4, 1, 1, bucket_factors=()), 4),
     "1 1 3, two replicas": (SplitConfig(2, 1, 1, 3, bucket_factors=()), 2),
-}
+    "co-located": (
+        SplitConfig(1, 2, 4, 2, bucket_factors=(), placement=PlacementKind.COLOCATED), 1,
+    ),
+}  # fmt: skip
 
 
 def make_stepper(split, micro_batches, **model) -> Stepper:
@@ -114,8 +117,9 @@ def test_every_split_restores_the_same_masters(name, run):
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract)
 
 
-def test_training_goes_on_under_another_split(run):
-    stepper = make_stepper(*SPLITS["1 2 2"])
+@pytest.mark.parametrize("name", [name for name in SPLITS if SPLITS[name] is not SAVED_FROM])
+def test_training_goes_on_under_another_split(name, run):
+    stepper = make_stepper(*SPLITS[name])
     state, _ = Checkpoints(run.directory, stepper.manager).restore(step=2)
     for step, expected in zip(range(2, 4), run.losses, strict=True):
         state, metrics = stepper.train_step(state, sequences(step))
