@@ -168,7 +168,7 @@ def _read_header(path: str, name: str) -> Header:
 
 def _map_npy(path: str, name: str, header: Header) -> np.ndarray:
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        tokens = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{name} must be a whole .npy file, but: {error}") from error
     found, wanted = (tokens.dtype.str, tokens.shape), (header.dtype, (header.num_tokens,))

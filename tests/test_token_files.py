@@ -137,6 +137,13 @@ def test_a_missing_file_and_a_missing_header(tmp_path):
     check_refused(path, "must have a header a.json beside it")
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"\x93NUMPY and no more", b"text"])
+def test_a_file_that_is_no_npy(content, tmp_path):
+    path = write(tmp_path / "a.npy", np.array(IDS, np.uint16))
+    pathlib.Path(path).write_bytes(content)
+    check_refused(path, "must be a whole .npy file, but: ")
+
+
 def test_a_truncated_npy_file(tmp_path):
     path = write(tmp_path / "a.npy", np.array(IDS, np.uint16))
     whole = pathlib.Path(path).read_bytes()
