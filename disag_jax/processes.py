@@ -43,15 +43,23 @@ def join(
         address = _host_and_port(coordinator)
         if process_id > 0:
             _wait_until_reachable(coordinator, address, config.run.start_timeout_seconds)
-    with _last_words(
+    in_time = (
+        f"all must start within run.start_timeout_seconds = {config.run.start_timeout_seconds}"
+    )
+    sentence = (
         f"process {process_id} could not join {num_processes} processes at {coordinator}: every "
-        "--process_id must be used once, and all must start within run.start_timeout_seconds = "
-        f"{config.run.start_timeout_seconds}"
-    ):
+        f"--process_id must be used once, and {in_time}"
+        if coordinator is not None
+        else "this process could not join the others of its SLURM or MPI launch: the coordinator "
+        "that the launch names must be reachable (or be named by --coordinator, --num_processes "
+        f"and --process_id), and {in_time}"
+    )
+    with _last_words(sentence):
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
+            local_device_ids=_only_device(),
             initialization_timeout=config.run.start_timeout_seconds,
             heartbeat_timeout_seconds=config.run.heartbeat_timeout_seconds,
         )
@@ -193,10 +201,19 @@ def _last_words(sentence: str):
     )
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{sentence}: {str(error).splitlines()[0]}") from error
     finally:
         speaker.communicate("joined")
+
+
+def _only_device() -> list[int] | None:
+    """[0] if this process is shown one GPU alone, whose number is then 0 and not its SLURM rank's.
+
+    JAX would otherwise look for a GPU of the rank's number in every task of a SLURM launch.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [0] if len(shown) == 1 and shown[0] else None
 
 
 def _launched_with_others() -> bool:

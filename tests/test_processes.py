@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from disag_jax import processes
-from disag_jax.config import ConfigError
+from disag_jax.config import Config, ConfigError
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 TIMEOUT_SECONDS = 240
@@ -196,6 +196,41 @@ def test_what_one_process_alone_sees_ends_all(name, config_file, tmp_path):
         running.append(start(config_file, workdir, 4, *joined, *flags))
     for _, error, code in finish(running):
         assert code == 2 and sentence in error, (code, error[-2000:])
+
+
+SLURM = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize("shown, expected", [(None, None), ("3", [0]), ("0,1", None)])
+def test_a_launch_by_slurm_joins_with_the_devices_shown(shown, expected, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    calls = []
+    monkeypatch.setattr(
+        processes.jax.distributed, "initialize", lambda *args, **more: calls.append((args, more))
+    )
+    processes.join(None, None, None, Config())
+    ((args, more),) = calls
+    assert args == (None, None, None) and more["local_device_ids"] == expected
+    assert more["initialization_timeout"] == Config().run.start_timeout_seconds
+
+
+def test_a_single_task_joins_nobody(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setattr(processes.jax.distributed, "initialize", pytest.fail)
+    processes.join(None, None, None, Config())
+
+
+@pytest.mark.timeout(60)
+def test_an_mpi_launch_without_a_coordinator_is_told(config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    ((_, error, code),) = finish([start(config_file, tmp_path / "run", 4)])
+    assert code == 2 and "named by --coordinator, --num_processes and --process_id" in error, error
 
 
 def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
