@@ -23,14 +23,14 @@ BASELINE_TOKENS = 2**23
 class Inputs:
     """Batches of both splits, and the bigram baseline's loss on the evaluation batches.
 
-    tokens_are_bytes: whether a token is a byte of text.
+    tokens_per_byte: tokens of the held-out sources over bytes of their text; None if unknown.
     """
 
     description: str
     train: Batches
     held_out: Batches
     bigram_loss: float
-    tokens_are_bytes: bool
+    tokens_per_byte: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Splits:
     train: list[Source]
     held_out: list[Source]
     end_of_document: int | None
-    tokens_are_bytes: bool
+    tokens_per_byte: float | None
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -77,7 +77,7 @@ def load_inputs(config: Config) -> Inputs:
         train=batches(splits.train, config.run.seed, data.weights),
         held_out=held_out,
         bigram_loss=sum(losses) / len(losses),
-        tokens_are_bytes=splits.tokens_are_bytes,
+        tokens_per_byte=splits.tokens_per_byte,
     )
 
 
@@ -118,8 +118,16 @@ def _read_text(data: DataConfig) -> _Splits:
         train=[Source("data.paths: the training text", corpus.train)],
         held_out=[Source("data.paths: the held-out text", corpus.held_out)],
         end_of_document=text.END_OF_DOCUMENT,
-        tokens_are_bytes=True,
+        tokens_per_byte=1.0,
     )
+
+
+def _tokens_per_byte(headers: list[token_files.Header]) -> float | None:
+    if all(header.tokenizer == BYTES for header in headers):
+        return 1.0
+    if not all(header.text_bytes for header in headers):
+        return None
+    return sum(h.num_tokens for h in headers) / sum(h.text_bytes for h in headers)
 
 
 def _open_token_files(config: Config) -> _Splits:
@@ -156,5 +164,5 @@ def _open_token_files(config: Config) -> _Splits:
         train=training,
         held_out=evaluation,
         end_of_document=header.end_of_document,
-        tokens_are_bytes=header.tokenizer == BYTES,
+        tokens_per_byte=_tokens_per_byte([f.header for f in held_out or train]),
     )

@@ -124,6 +124,7 @@ def prepare(
         end_of_document=tokenizer.end_of_document,
         tokenizer=tokenizer.name,
         tokenizer_digest=tokenizer.digest,
+        text_bytes=position.done_bytes,
     )
     token_files.write_header(target, header)
     notes.delete()

@@ -29,6 +29,7 @@ class Header:
       end_of_document: id of the token behind each document; None if documents run together.
       tokenizer: name of what made the ids.
       tokenizer_digest: files with another digest have other ids for the same text.
+      text_bytes: bytes of the text that the ids stand for; None if unknown.
     """
 
     dtype: str
@@ -37,6 +38,7 @@ class Header:
     end_of_document: int | None
     tokenizer: str
     tokenizer_digest: str
+    text_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,15 +145,17 @@ def _read_header(path: str, name: str) -> Header:
             f"{name} must have a header {file.name} beside it, which disag_jax.prepare writes when "
             f"it is done, but: {getattr(error, 'strerror', None) or error}"
         ) from error
-    wanted = [field.name for field in dataclasses.fields(Header)]
-    if not isinstance(fields, dict) or set(fields) != set(wanted):
+    wanted = [field.name for field in dataclasses.fields(Header) if field.name != "text_bytes"]
+    if not isinstance(fields, dict) or set(fields) - {"text_bytes"} != set(wanted):
         raise ConfigError(f"{name}: {file.name} must have the fields {', '.join(wanted)}")
     header = Header(**fields)
     end = header.end_of_document
+    size = header.text_bytes
     rules = {
         "dtype": (header.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         "num_tokens": (_is_int(header.num_tokens), "an integer, 0 or more"),
         "vocab_size": (_is_int(header.vocab_size), "an integer, 0 or more"),
+        "text_bytes": (size is None or _is_int(size), "an integer, 0 or more, or null"),
         "end_of_document": (end is None or _is_int(end), "an integer, 0 or more, or null"),
     }
     for field, (holds, rule) in rules.items():

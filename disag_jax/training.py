@@ -182,8 +182,8 @@ def _evaluate(stepper: Stepper, state: TrainState, inputs: Inputs, outputs: Outp
         "perplexity": float(np.exp(loss)),
         "bigram_loss": inputs.bigram_loss,
     }
-    if inputs.tokens_are_bytes:
-        result["bits_per_byte"] = loss / math.log(2)
+    if inputs.tokens_per_byte is not None:
+        result["bits_per_byte"] = loss / math.log(2) * inputs.tokens_per_byte
     outputs.log.write(result)
     outputs.display.say(startup_report.evaluation(result))
     return result

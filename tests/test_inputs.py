@@ -38,6 +38,24 @@ def token_file(tmp_path, name: str, num_tokens: int, **header) -> str:
     return write(tmp_path / name, ids.astype(np.uint16), header)
 
 
+@pytest.mark.parametrize(
+    "headers, expected",
+    [
+        ([{"tokenizer": "bytes"}, {"tokenizer": "bytes"}], 1.0),
+        ([{"text_bytes": 400}, {"text_bytes": 600}], 0.2),
+        ([{"text_bytes": 400}, {}], None),
+        ([{"text_bytes": 0}, {"text_bytes": 600}], None),
+    ],
+)
+def test_tokens_per_byte_are_the_held_out_files(headers, expected, tmp_path):
+    train = token_file(tmp_path, "train.bin", 2000, **headers[0] | {"text_bytes": 1})
+    held_out = tuple(
+        token_file(tmp_path, f"{n}.bin", 100, **header) for n, header in enumerate(headers)
+    )
+    inputs = load_inputs(make_config(sources=(train,), held_out_sources=held_out))
+    assert inputs.tokens_per_byte == expected
+
+
 def same(one, other) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 

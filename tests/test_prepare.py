@@ -100,8 +100,9 @@ def test_a_tokenizer_file(tmp_path, tokenizer_file):
     end = tokenizer.end_of_document
     tokens = read(tmp_path / "out")
     assert header == token_files.Header(
-        "uint16", len(tokens), tokenizer.vocab_size, end, "tokenizer.json", tokenizer.digest
-    )
+        "uint16", len(tokens), tokenizer.vocab_size, end, "tokenizer.json", tokenizer.digest,
+        text_bytes=len("the theory") + len(f"other {END} thing"),
+    )  # fmt: skip
     documents = np.split(tokens, np.flatnonzero(tokens == end) + 1)
     assert [tokenizer.decode(d) for d in documents] == [
         f"the theory{END}", f"other {END} thing{END}", "",
