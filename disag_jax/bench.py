@@ -18,7 +18,8 @@ import jax
 import rich.console
 import rich.table
 
-from disag_jax.config import Config, ConfigError, Dtype
+from disag_jax.config import Config, ConfigError
+from disag_jax.geometry import enable_float64
 from disag_jax.timing import Figure
 
 # A figure has moved if it differs by more than this besides the noise: clocks vary that much.
@@ -99,8 +100,7 @@ def main(what: str, config: Config, out: str | None, compare: str | None):
     if what not in measures:
         raise ConfigError(f"{what!r} must be one of {', '.join(measures)}")
     config.validate()
-    if config.run.compute_dtype is Dtype.FLOAT64:
-        jax.config.update("jax_enable_x64", True)
+    enable_float64(config)
     before = read(compare, what) if compare else None
     figures = measures[what](config)
     devices = jax.devices()

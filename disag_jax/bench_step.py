@@ -8,12 +8,11 @@ on one device of the same machine. Transfers, reductions, the optimizer and imba
 import dataclasses
 import time
 
-import jax
-
 from disag_jax.bench_units import measure_rates, measure_units
 from disag_jax.config import Config
-from disag_jax.flops import model_flops
+from disag_jax.flops import flops_per_device
 from disag_jax.inputs import load_inputs
+from disag_jax.metrics import peak_memory
 from disag_jax.step import Stepper
 from disag_jax.timing import Figure, figure_of
 from disag_jax.training import make_meshes
@@ -37,13 +36,10 @@ def measure(config: Config) -> list[Figure]:
     bound = work_bound(config, stepper.schedule.idle_share, units)
     step = figure_of("step", times[WARM_UP:], floor_milliseconds=bound)
     rate = config.tokens_per_step / (step.milliseconds / 1e3)
-    flops = model_flops(config).total * rate / config.split.num_devices
+    flops = flops_per_device(config, rate)
     speed = {"tokens/s": f"{rate:,.0f}", "rate": f"{flops / 1e12:.3g} TFLOP/s a device"}
-    memory = {
-        f"peak of {device}": f"{device.memory_stats()['peak_bytes_in_use'] / 2**30:.1f} GiB"
-        for device in stepper.meshes.union.devices.flat
-        if device in jax.local_devices() and device.memory_stats()
-    }
+    peaks = peak_memory(stepper.meshes).items()
+    memory = {f"peak of {worker}": f"{peak:.1f} GiB" for worker, peak in peaks}
     return [
         *units,
         dataclasses.replace(step, extra=speed | memory),

@@ -15,7 +15,7 @@ from disag_jax.config import Config
 from disag_jax.dispatch import Cotangent
 from disag_jax.flops import FORWARD_AND_BACKWARD, model_flops
 from disag_jax.geometry import Bucket, Geometry, buckets, make_geometry
-from disag_jax.model import POST_NORM, init_attention_layer, init_experts
+from disag_jax.model import EXPERTS, POST_NORM, init_attention_layer, init_experts
 from disag_jax.phases import Layouts
 from disag_jax.shared_loss import SharedLoss
 from disag_jax.timing import Figure, time_calls
@@ -85,7 +85,7 @@ class _UnitBench:
         self.attention_params = jax.jit(lambda: init_attention_layer(model, dtype, key, 0))()
         post_norm = self.attention_params[POST_NORM]
         experts = jax.jit(lambda: init_experts(model, dtype, key, 0, jnp.asarray(ids)))()
-        self.expert_params = {"experts": experts, POST_NORM: post_norm}
+        self.expert_params = {EXPERTS: experts, POST_NORM: post_norm}
         self.bias = jnp.zeros((g.E,), g.wide_dtype)
         self.h = [self._draw(i, g.T, g.D) for i in range(g.M)]
         colocated = g.placement.colocated

@@ -71,6 +71,11 @@ def model_flops(config: Config) -> ModelFlops:
     return ModelFlops(**{role: FORWARD_AND_BACKWARD * flops for role, flops in forward.items()})
 
 
+def flops_per_device(config: Config, tokens_per_second: float) -> float:
+    """Model FLOP/s of each device at this speed of all of them together."""
+    return model_flops(config).total * tokens_per_second / config.split.num_devices
+
+
 def peak_flops(config: Config, device_kind: str) -> float | None:
     """FLOP/s that one device could do at most, or None where nobody has stated it.
 

@@ -7,10 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from disag_jax.config import Config
+from disag_jax.config import Config, Dtype
 from layers.dtypes import accumulation_dtype
 from layers.grouped_matmul import sorted_rows, tile_rows
 from mesh.placement import ExpertPlaces, Placement
+
+
+def enable_float64(config: Config):
+    """Lets JAX compute in float64 if the config does; call before anything is traced."""
+    if config.run.compute_dtype is Dtype.FLOAT64:
+        jax.config.update("jax_enable_x64", True)
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -63,8 +63,8 @@ def check(needed: dict[str, int], available: dict[str, int]):
     }
     if missing:
         parts = "; ".join(
-            f"{kind}: {gib(needed[kind])} needed, {gib(available[kind])} available, "
-            f"{gib(size)} missing"
+            f"{kind}: {in_words(needed[kind])} needed, {in_words(available[kind])} available, "
+            f"{in_words(size)} missing"
             for kind, size in missing.items()
         )
         raise ConfigError(
@@ -74,8 +74,13 @@ def check(needed: dict[str, int], available: dict[str, int]):
         )
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def in_words(size: float) -> str:
+    """Bytes with their unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
 
 
 def _group_bytes(manager: StateManager, name: str) -> int:

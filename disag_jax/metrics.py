@@ -9,7 +9,7 @@ import tensorboardX
 from jax.experimental import multihost_utils
 
 from disag_jax.config import Config
-from disag_jax.flops import model_flops, peak_flops
+from disag_jax.flops import flops_per_device, peak_flops
 from mesh.placement import ExpertPlaces, Meshes
 
 MEANS = (
@@ -85,8 +85,7 @@ class StepMeter:
         timed = [m for m in steps if not m["compiled"]] or compiling
         seconds = {name: _mean(timed, name) for name in ("step_seconds", *PARTS)}
         tokens_per_second = self._config.tokens_per_step / seconds["step_seconds"]
-        flops = model_flops(self._config).total * tokens_per_second
-        flops /= self._config.split.num_devices
+        flops = flops_per_device(self._config, tokens_per_second)
         speed = {
             **seconds,
             "host_seconds": seconds["step_seconds"] - sum(seconds[name] for name in PARTS),

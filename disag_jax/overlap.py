@@ -16,6 +16,7 @@ import jax
 from disag_jax import trace
 from disag_jax.config import Config, ConfigError
 from disag_jax.errors import RunError
+from disag_jax.geometry import enable_float64
 from disag_jax.inputs import load_inputs
 from disag_jax.profiling import Profiler
 from disag_jax.step import Stepper
@@ -101,6 +102,7 @@ def main(config: Config, workdir: str):
         raise ConfigError(
             "split.placement = colocated must be disaggregated: the twin hides nothing"
         )
+    enable_float64(config)
     stepper = Stepper(config, make_meshes(config))
     program = stepper.compiled_program(stepper.chooser.current)
     steady = check_program(program.as_text())

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from disag_jax.batches import Batches
 from disag_jax.config import Config
 from disag_jax.errors import ConfigError, RunError
 from disag_jax.workdir import Workdir
@@ -115,10 +114,10 @@ def check_same_config(config: Config):
     _check_same(_flatten("config", dataclasses.asdict(config)))
 
 
-def check_same_text(batches: Batches):
-    """Raises ConfigError on every process if they read different text or token files."""
+def check_same_text(digest: str):
+    """Raises ConfigError on every process if the `Batches.digest` of their data differ."""
     if jax.process_count() > 1:
-        _check_same([("the first batch read from data", f"digest {batches.digest()}")])
+        _check_same([("the first batch read from data", f"digest {digest}")])
 
 
 def check_same_workdir(directory: Workdir):

@@ -18,7 +18,8 @@ import numpy as np
 from disag_jax import plain_model
 from disag_jax.batches import Batch
 from disag_jax.checkpoint import SavedCheckpoint
-from disag_jax.config import Config, ConfigError, Dtype
+from disag_jax.config import Config, ConfigError
+from disag_jax.geometry import enable_float64
 from disag_jax.token_files import open_tokens
 from disag_jax.tokenizer import BYTES, ByteTokenizer, load_tokenizer
 from disag_jax.workdir import Workdir
@@ -99,8 +100,7 @@ def sample_text(
     """
     directory = Workdir(workdir)
     config = directory.read_config()
-    if config.run.compute_dtype is Dtype.FLOAT64:
-        jax.config.update("jax_enable_x64", True)
+    enable_float64(config)
     tokenizer, end_of_document = tokenizer_of(config, tokenizer_name)
     tokens = _encode(tokenizer, prompt)
     _check(config, tokens, num_tokens, temperature, seed)

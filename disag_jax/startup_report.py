@@ -124,8 +124,8 @@ def _memory(stepper: Stepper) -> list[str]:
     for name, groups in memory.role_groups(config.split.colocated).items():
         state = memory.state_bytes(manager, groups)
         parts = {"master and optimizer": state} | shared
-        uses = ", ".join(f"{use} {_bytes(size)}" for use, size in parts.items())
-        lines.append(f"memory    {name} {_bytes(sum(parts.values()))}: {uses}")
+        uses = ", ".join(f"{use} {memory.in_words(size)}" for use, size in parts.items())
+        lines.append(f"memory    {name} {memory.in_words(sum(parts.values()))}: {uses}")
     return lines
 
 
@@ -190,14 +190,6 @@ def _ranges(layers: list[int]) -> str:
     return (
         ",".join(map(str, layers)) if len(layers) <= 8 else f"{layers[0]},{layers[1]}..{layers[-1]}"
     )
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 def _flops(value: float) -> str:

@@ -12,7 +12,7 @@ from disag_jax import processes, startup_report
 from disag_jax.checkpoint import Checkpoints
 from disag_jax.config import Config, ConfigError, Dtype
 from disag_jax.display import Display, make_display
-from disag_jax.geometry import placement_of
+from disag_jax.geometry import enable_float64, placement_of
 from disag_jax.inputs import Inputs, Prefetch, load_inputs
 from disag_jax.metrics import MetricsLog, StepMeter
 from disag_jax.profiling import Profiler, Stopwatch
@@ -58,17 +58,15 @@ def train(
     training diverges.
     """
     config.validate()
-    if config.run.compute_dtype is Dtype.FLOAT64:
-        jax.config.update("jax_enable_x64", True)
+    enable_float64(config)
     processes.check_same_config(config)
     meshes = make_meshes(config)
     processes.check_same_flags(resume=resume, resume_step=step, profile_steps=profile_steps)
     inputs = processes.on_each(lambda: load_inputs(config))
-    processes.check_same_text(inputs.train)
+    digest = processes.on_each(inputs.train.digest)
+    processes.check_same_text(digest)
     directory = Workdir(workdir)
-    processes.on_first(
-        lambda: directory.open(config, resume=resume, data_digest=inputs.train.digest())
-    )
+    processes.on_first(lambda: directory.open(config, resume=resume, data_digest=digest))
     processes.check_same_workdir(directory)
     stepper = Stepper(config, meshes)
     stepper.check_memory()
@@ -87,7 +85,7 @@ def train(
             f"run.num_steps = {config.run.num_steps} must be at least {state.step}, the step of "
             "the checkpoint that the run goes on from"
         )
-    processes.on_first(lambda: directory.write_config(config, inputs.train.digest()))
+    processes.on_first(lambda: directory.write_config(config, digest))
     steps = range(state.step, config.run.num_steps)
     outputs = Outputs(
         display=make_display(config),

@@ -226,10 +226,8 @@ class ExpertUnit:
         """
         g = self.geometry
         width = g.config.model.expert_width
-        taps = {
-            name: g.floats(g.P, n) for name, n in (("gate", width), ("up", width), ("down", g.D))
-        }
-        taps = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), taps)
+        widths = {"gate": width, "up": width, "down": g.D}
+        taps = {name: jnp.zeros((g.P, n), g.compute_dtype) for name, n in widths.items()}
         scale = params[POST_NORM]["scale"]
 
         def outputs(scale, x_nD, gate_nK, taps):

@@ -86,19 +86,20 @@ class Placement:
 
     def name_of(self, worker: int) -> str:
         """What reports call a worker of a replica."""
-        stage, within = divmod(worker, self.stage_workers)
-        if self.colocated:
-            return f"stage{stage}_worker{within}"
-        ranks = {role: self.rank_of(worker, role) for role in Role}
-        role, rank = next((role, rank) for role, rank in ranks.items() if rank is not None)
-        return f"stage{stage}_{role.label}{rank}"
+        role, rank = self._part_of(worker)
+        return f"stage{self.stage_of(worker)}_{role}{rank}"
 
     def kind_of(self, worker: int) -> str:
         """What reports call all workers that do the same."""
+        role, _ = self._part_of(worker)
+        return role if self.colocated else f"{role} worker"
+
+    def _part_of(self, worker: int) -> tuple[str, int]:
+        """The worker's role in words, and its rank in it; co-located, "worker" is both roles."""
         if self.colocated:
-            return "worker"
-        role = next(role for role in Role if self.rank_of(worker, role) is not None)
-        return f"{role.label} worker"
+            return "worker", self.rank_of(worker, Role.ATTENTION)
+        ranks = {role.label: self.rank_of(worker, role) for role in Role}
+        return next((label, rank) for label, rank in ranks.items() if rank is not None)
 
     def role_groups(self) -> list[list[int]]:
         """Workers of each (stage, role), which must be apart: the partition for sums in a role."""
