@@ -136,6 +136,7 @@ class Phases:
 
     What a placement adds:
       transport: moves what passes from period to period.
+      sender: the rank by which an attention unit finds its receivers' slots.
       empty_boxes(): (forward, backward) values of what passes, to start with.
       forward(inbox, entry, stash, stats): runs this worker's forward work of a period; returns
         (outbox, stash, stats).
