@@ -31,6 +31,7 @@ def get_config() -> Config:
             top_k=4,
             expert_width=1408,
             balance_loss_weight=0.01,
+            embedding_init_std=1.0,
         ),
         split=SplitConfig(stages=1, attention_workers=1, expert_workers=1),
         # A faster start collapses the router, and then nothing is routed any more.

@@ -143,18 +143,16 @@ class Runner:
     def run(self, config: Config, name: str, num_steps: int, traced: bool) -> Measurement:
         """Trains `num_steps`; RunError if the run fails."""
         workdir = self._directory / name
-        process = subprocess.run(
-            self._command(config, workdir, num_steps, traced),
-            env=self._environment(workdir),
-            capture_output=True,
-            text=True,
-        )
-        workdir.mkdir(exist_ok=True)
-        (workdir / "output.txt").write_text(process.stdout + process.stderr)
-        if process.returncode:
-            raise RunError(
-                f"{name}: {_last_line(process.stderr)} (all of it: {workdir}/output.txt)"
+        output = self._directory / f"{name}.output.txt"
+        with output.open("w") as file:
+            process = subprocess.run(
+                self._command(config, workdir, num_steps, traced),
+                env=self._environment(workdir),
+                stdout=file,
+                stderr=subprocess.STDOUT,
             )
+        if process.returncode:
+            raise RunError(f"{name}: {_last_line(output.read_text())} (all of it: {output})")
         if self._network == "sockets":
             check_sockets(workdir)
         return _measure(config, workdir, traced and not self._cpu_devices)

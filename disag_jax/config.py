@@ -50,6 +50,9 @@ class ModelConfig:
       bias_update_rate: step of the aux-loss-free selection bias; 0 leaves the bias at zero.
       capacity_factor: keep at most ceil(capacity_factor * S * top_k / num_experts) tokens per
         sequence and expert, earlier tokens first; None drops nothing.
+      embedding_init_std: of fresh embeddings; `init_std` is that of all other weights. If wide
+        models begin with small embeddings, the first attention layer's average over a sequence
+        hides which token it is, and all tokens are routed to the same experts.
     """
 
     vocab_size: int = 256
@@ -72,6 +75,7 @@ class ModelConfig:
     bias_update_rate: float = 0.0
     capacity_factor: float | None = None
     init_std: float = 0.02
+    embedding_init_std: float = 0.02
 
 
 @dataclasses.dataclass
@@ -368,6 +372,7 @@ _POSITIVE = {
     "model": (
         "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim",
         "rope_theta", "norm_eps", "num_experts", "top_k", "expert_width", "gate_scale", "init_std",
+        "embedding_init_std",
     ),
     "split": ("replicas", "stages", "attention_workers", "expert_workers"),
     "batch": ("sequence_length", "tokens_per_worker", "micro_batches"),

@@ -118,7 +118,7 @@ def init_vocabulary(config: ModelConfig, dtype, key, num_rows: int):
     draw = functools.partial(jax.random.normal, shape=(num_rows, config.d_model), dtype=dtype)
     embedding_key, head_key = jax.random.split(jax.random.fold_in(key, 2))
     return {
-        "embedding": draw(embedding_key) * config.init_std,
+        "embedding": draw(embedding_key) * config.embedding_init_std,
         "final_norm": jnp.ones((config.d_model,), dtype),
         "head": draw(head_key) * config.init_std,
     }

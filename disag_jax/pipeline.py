@@ -169,13 +169,16 @@ def gradient_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
       vocabulary: embedding, head [V', D], final_norm [D], compute type;
       router_bias: [L, E];
       batch: leaves int32 [W, K, B, S], sequences of each attention worker, zeros on the others;
+      buffers: (row gradients, vocabulary gradients) of an earlier step, donated: this step's are
+        made in their place, and gradients never move;
     that returns
       row gradients like rows, vocabulary gradients, next router bias, and the step's metrics, on
       every device alike (disag_jax/reduction.py). All are sums over the whole step.
     """
     model = geometry.config.model
 
-    def training_pipeline(rows, vocabulary, router_bias, batch):
+    def training_pipeline(rows, vocabulary, router_bias, batch, buffers):
+        del buffers  # their memory is the outputs'
         weights = gather_weights(geometry, rows, vocabulary, router_bias)
         phases, carry, metrics = _run(geometry, schedule, weights, batch, with_gradients=True)
         row_grads, vocabulary_grads, norms = reduce_grads(geometry, phases.layouts, carry.grads)
@@ -184,8 +187,9 @@ def gradient_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
             bias = updated_bias(bias, metrics["expert_counts"], model.bias_update_rate)
         return row_grads, vocabulary_grads, bias, metrics | norms
 
-    outputs = (PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, EVERYWHERE)
-    return _jit_on_union(training_pipeline, meshes, outputs)
+    gradients = (PER_WORKER, VOCABULARY_SPECS)
+    outputs = (*gradients, EVERYWHERE, EVERYWHERE)
+    return _jit_on_union(training_pipeline, meshes, outputs, buffers=(gradients,))
 
 
 def evaluation_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
@@ -207,17 +211,22 @@ def _run(geometry: Geometry, schedule: Schedule, weights, batch: Batch, *, with_
     return phases, carry, reduce_stats(geometry, carry.stats, num_labels, aux_scales)
 
 
-def _jit_on_union(pipeline, meshes: Meshes, out_specs):
-    """A pipeline as a jitted program of all workers, from its arguments' places to its outputs'."""
+def _jit_on_union(pipeline, meshes: Meshes, out_specs, buffers=()):
+    """A pipeline as a jitted program of all workers, from its arguments' places to its outputs'.
+
+    buffers: specs of donated arguments after the others.
+    """
     in_specs = (PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, PER_WORKER)
     return jax.jit(
         jax.shard_map(
             pipeline,
             mesh=meshes.union,
-            in_specs=in_specs,
+            in_specs=in_specs + buffers,
             out_specs=out_specs,
             check_vma=False,
-        )
+        ),
+        donate_argnums=range(len(in_specs), len(in_specs + buffers)),
+        keep_unused=True,
     )
 
 

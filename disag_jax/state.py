@@ -210,8 +210,9 @@ class StateManager:
             (_, _, copies), (_, _, copy_specs) = self._update_outputs(name)
             grads = group.abstract(_with_dtype(copies, wide), copy_specs)
             lowered[name] = self._updates[name].lower(
-                state.params[name], state.opt_state[name], grads, *scalars
-            )
+                state.params[name], state.opt_state[name], group.abstract(copies, copy_specs),
+                grads, *scalars,
+            )  # fmt: skip
         return lowered
 
     def update(
@@ -219,19 +220,19 @@ class StateManager:
     ) -> TrainState:
         """The next state, for gradients scaled by `factor` and learning rate `rate`.
 
-        The old state and the gradients are donated: use neither afterwards.
+        The old state is donated: use it no more. Everything large is updated where it lies, so that
+        steps neither need more memory than they hold nor leave it in pieces.
         """
         wide = self.geometry.wide_dtype.type
         scalars = (wide(factor), wide(rate))
-        views = dict(zip(("attention", "expert"), role_views(self.meshes, row_grads), strict=True))
-        del row_grads
-        views["vocabulary"] = vocabulary_grads
+        grads = self._views(row_grads, vocabulary_grads)
+        old_copies = self._views(state.rows, state.vocabulary)
         params, opt_state, copies = {}, {}, {}
         for name, group in self.groups.items():
             outputs, specs = self._update_outputs(name)
-            args = (state.params[name], state.opt_state[name], views.pop(name), *scalars)
+            args = (state.params[name], state.opt_state[name], old_copies.pop(name), grads[name])
             params[name], opt_state[name], copies[name] = group.run(
-                self._updates[name], outputs, specs, *args
+                self._updates[name], outputs, specs, *args, *scalars
             )
         return TrainState(
             step=state.step + 1,
@@ -242,11 +243,33 @@ class StateManager:
             vocabulary=copies["vocabulary"],
         )
 
+    def abstract_gradients(self) -> tuple:
+        """(row gradients, vocabulary gradients) of the pipeline, as ShapeDtypeStructs."""
+        wide, vocabulary = self.geometry.wide_dtype, self.groups["vocabulary"]
+        rows = jax.tree.map(
+            lambda leaf: self._on_union(_with_dtype(leaf, wide), PER_WORKER), self._abstract_rows()
+        )
+        return rows, vocabulary.abstract(_with_dtype(vocabulary.params, wide), VOCABULARY_SPECS)
+
+    def zero_gradients(self) -> tuple:
+        """The pipeline's first gradient buffers."""
+        leaves = self.abstract_gradients()
+        return jax.jit(
+            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), leaves),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, leaves),
+        )()
+
+    def _views(self, rows, vocabulary) -> dict:
+        """Rows and vocabulary of the union mesh as arrays by group."""
+        attention, expert = role_views(self.meshes, rows)
+        return {"attention": attention, "expert": expert, "vocabulary": vocabulary}
+
     def _update_program(self, name: str):
         group = self.groups[name]
         compute = self.geometry.compute_dtype
 
-        def update(params, opt_state, grads, factor, rate):
+        def update(params, opt_state, old_copies, grads, factor, rate):
+            del old_copies  # their memory is the new ones'
             if name != "vocabulary":
                 grads = self._unpack[name](grads)
             params, opt_state = optimizer_lib.apply(
@@ -259,9 +282,11 @@ class StateManager:
         # Its name in a profile.
         update.__name__ = f"update_{name}"
         copy_specs = self._rows_spec.get(name, VOCABULARY_SPECS)
-        in_specs = (group.specs, group.opt_specs, copy_specs, EVERYWHERE, EVERYWHERE)
         out_specs = (group.specs, group.opt_specs, copy_specs)
-        return self._shard_map(group, update, in_specs, out_specs, donate_argnums=(0, 1, 2))
+        in_specs = (*out_specs, copy_specs, EVERYWHERE, EVERYWHERE)
+        return self._shard_map(
+            group, update, in_specs, out_specs, donate_argnums=(0, 1, 2), keep_unused=True
+        )
 
     def _update_outputs(self, name: str):
         """(shapes, specs) of what `_update_program` returns."""

@@ -78,6 +78,7 @@ class Stepper:
         self._forward_schedule = schedule_of(config, make_forward_schedule)
         self.chooser = BucketChooser(buckets(config))
         self._compiled_programs, self._evaluation_programs = {}, {}
+        self._gradients = None  # of the last step: buffers of the next one's
         self._has_updated = False
 
     def init(self, seed: int) -> TrainState:
@@ -92,15 +93,12 @@ class Stepper:
         """
         batch = self._placed(batch)
         watch, num_programs = Stopwatch(), len(self._compiled_programs)
-        outputs, metrics = self._run_until_it_fits(
+        (router_bias, _), metrics = self._run_until_it_fits(
             state,
             watch,
-            lambda bucket: self.compiled_program(bucket)(
-                state.rows, state.vocabulary, state.router_bias, batch
-            ),
+            lambda bucket: self._run_pipeline(bucket, state, batch),
             read_metrics=lambda outputs: outputs[-1],
         )
-        row_grads, vocabulary_grads, router_bias, _ = outputs
         norm = float(metrics["gradient_norm"])
         if not (math.isfinite(metrics["total_loss"]) and math.isfinite(norm)):
             raise NonFiniteLossError(
@@ -109,11 +107,8 @@ class Stepper:
             )
         rate = float(self.learning_rate(state.step))
         factor = optimizer_lib.clip_factor(self.config, norm)
-        del outputs  # the update donates the gradients' buffers under these names
         with watch("update"):
-            state = self.manager.update(
-                state, row_grads, vocabulary_grads, router_bias, factor, rate
-            )
+            state = self.manager.update(state, *self._gradients, router_bias, factor, rate)
         # The update programs compile at their first call.
         compiled = len(self._compiled_programs) > num_programs or not self._has_updated
         self._has_updated = True
@@ -198,7 +193,10 @@ class Stepper:
             sharding=NamedSharding(self.meshes.union, PER_WORKER),
         )
         batch = Batch(leaf, leaf, None if self.config.data.attend_across_documents else leaf)
-        return state.rows, state.vocabulary, state.router_bias, batch
+        return (
+            state.rows, state.vocabulary, state.router_bias, batch,
+            self.manager.abstract_gradients(),
+        )  # fmt: skip
 
     def gradient_program(self, bucket: Bucket):
         """The jitted training pipeline for a bucket."""
@@ -211,6 +209,18 @@ class Stepper:
             lowered = self.gradient_program(bucket).lower(*self.abstract_arguments())
             self._compiled_programs[bucket] = lowered.compile()
         return self._compiled_programs[bucket]
+
+    def _run_pipeline(self, bucket: Bucket, state: TrainState, batch: Batch) -> tuple:
+        """Leaves the step's gradients in `_gradients`; returns (next router bias, metrics)."""
+        program, buffers = self.compiled_program(bucket), self._gradients
+        if buffers is None:
+            buffers = self.manager.zero_gradients()
+        self._gradients = None  # donated
+        row_grads, vocabulary_grads, router_bias, metrics = program(
+            state.rows, state.vocabulary, state.router_bias, batch, buffers
+        )
+        self._gradients = (row_grads, vocabulary_grads)
+        return router_bias, metrics
 
     def check_memory(self):
         """ConfigError with the bytes missing if the smallest bucket's program does not fit."""

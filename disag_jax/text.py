@@ -62,10 +62,8 @@ def load(paths: tuple[str, ...], held_out_fraction: float) -> Corpus:
         where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         rule = f"hold text, but no file that ends in one of {' '.join(TEXT_SUFFIXES)} has any"
     else:
+        documents = _read(standard_library(), skip_undecodable=True)
         root = sysconfig.get_path("stdlib")
-        documents = _read(
-            find_files((root,), suffixes=(".py",), skipped=_STDLIB_SKIPPED), skip_undecodable=True
-        )
         where = f"the standard library of Python {platform.python_version()} ({root})"
         rule = f"name text files, because {where} has no sources here"
     if not documents:
@@ -80,6 +78,12 @@ def load(paths: tuple[str, ...], held_out_fraction: float) -> Corpus:
         held_out=_join(held_out),
         description=f"text of {where}: train {_size(train)}, held out {_size(held_out)}",
     )
+
+
+def standard_library() -> dict[pathlib.Path, str]:
+    """The sources of Python's standard library, as `find_files` returns them."""
+    root = sysconfig.get_path("stdlib")
+    return find_files((root,), suffixes=(".py",), skipped=_STDLIB_SKIPPED)
 
 
 def find_files(

@@ -118,7 +118,7 @@ def run_pipeline(stepper: Stepper, state: TrainState, sequences):
     program = stepper.gradient_program(stepper.chooser.current)
     batch = stepper.place_batch(sequences)
     rows, vocabulary, bias, metrics = program(
-        state.rows, state.vocabulary, state.router_bias, batch
+        state.rows, state.vocabulary, state.router_bias, batch, stepper.manager.zero_gradients()
     )
     return jax.device_get(metrics), logical_gradients(stepper, rows, vocabulary), bias
 

@@ -1,7 +1,9 @@
 """What the compiler makes of the loop: large buffers are updated in place."""
 
+import math
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,6 +40,27 @@ def loop_buffers(stepper):
         "stash": f"u{8 * geometry.compute_dtype.itemsize}[{pool.num_blocks},1024]",
         "head gradients": f"{wide}[{config.model.vocab_size},{config.model.d_model}]",
     }
+
+
+def test_gradients_and_state_are_made_where_the_last_ones_were(compiled):
+    stepper, program = compiled
+    gradients = stepper.manager.abstract_gradients()
+    assert program.memory_analysis().alias_size_in_bytes >= shard_bytes(gradients)
+    state = stepper.manager.abstract_state()
+    for name, lowered in stepper.manager.lower_updates().items():
+        updated = (state.params[name], state.opt_state[name])
+        analysis = lowered.compile().memory_analysis()
+        copies = analysis.output_size_in_bytes - shard_bytes(updated)
+        assert copies > 0
+        assert analysis.alias_size_in_bytes >= shard_bytes(updated) + 0.99 * copies, name
+
+
+def shard_bytes(tree) -> int:
+    """Bytes of a tree of ShapeDtypeStructs on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def test_no_whole_buffer_is_copied_in_the_loop(compiled):

@@ -41,7 +41,8 @@ def fields(section: str, names: str) -> list[str]:
 
 POSITIVE = [
     *fields("model", "vocab_size num_layers d_model num_heads num_kv_heads head_dim rope_theta"),
-    *fields("model", "norm_eps num_experts top_k expert_width gate_scale init_std"),
+    *fields("model", "norm_eps num_experts top_k expert_width gate_scale"),
+    *fields("model", "init_std embedding_init_std"),
     *fields("split", "replicas stages attention_workers expert_workers"),
     *fields("batch", "sequence_length tokens_per_worker micro_batches"),
     *fields("optimizer", "peak_learning_rate eps max_grad_norm"),
