@@ -64,7 +64,7 @@ def model_flops(config: Config) -> ModelFlops:
     """
     model = config.model
     forward = {
-        "attention": model.num_layers * _attention_layer(model, config.batch.sequence_length),
+        "attention": model.num_layers * sum(attention_layer(model, config.batch.sequence_length)),
         "expert": model.num_layers * _expert_layer(model),
         "head": 2 * model.d_model * model.vocab_size,
     }
@@ -88,14 +88,15 @@ def peak_flops(config: Config, device_kind: str) -> float | None:
     return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if name in device_kind), None)
 
 
-def _attention_layer(model: ModelConfig, sequence_length: int) -> float:
+def attention_layer(model: ModelConfig, sequence_length: int) -> tuple[float, float]:
+    """A token's forward FLOPs in one layer: (projections and router, attention scores)."""
     query_and_out = 4 * model.d_model * model.num_heads * model.head_dim
     key_and_value = 4 * model.d_model * model.num_kv_heads * model.head_dim
     # q k^T and the weighted sum of v, over the (S + 1) / 2 positions that a token sees on average.
     seen = (sequence_length + 1) / 2
     scores = 4 * seen * model.num_heads * model.head_dim
     router = 2 * model.d_model * model.num_experts
-    return query_and_out + key_and_value + scores + router
+    return query_and_out + key_and_value + router, scores
 
 
 def _expert_layer(model: ModelConfig) -> float:

@@ -130,25 +130,39 @@ def make_geometry(config: Config, bucket: Bucket | None = None) -> Geometry:
     )
 
 
-def buckets(config: Config) -> list[Bucket]:
-    """Transport capacities from the expected load to the worst case, each larger than the last."""
+def expected_load(config: Config) -> tuple[float, float]:
+    """(rows of a slot, pairs of an expert worker) of a micro-batch if all experts are as likely.
+
+    A pair is a token and one of its experts, shared ones included.
+    """
     model, tokens = config.model, config.batch.tokens_per_worker
     num_workers = config.split.expert_workers
     held = ExpertPlaces(model.num_experts, num_workers).per_worker
-    total_tokens = placement_of(config).senders * tokens
     # One chance in how many subsets of top_k experts that a token needs none of this worker's.
     missed = math.comb(model.num_experts - held, model.top_k)
-    expected_rows = tokens * (1 - missed / math.comb(model.num_experts, model.top_k))
+    rows = tokens * (1 - missed / math.comb(model.num_experts, model.top_k))
     routed_share = model.top_k * held / model.num_experts
-    expected_pairs = total_tokens * (routed_share + model.num_shared_experts / num_workers)
+    shared_share = model.num_shared_experts / num_workers
+    return rows, placement_of(config).senders * tokens * (routed_share + shared_share)
+
+
+def buckets(config: Config, tile: int | None = None) -> list[Bucket]:
+    """Transport capacities from the expected load to the worst case, each larger than the last.
+
+    tile: rows of a tile of the grouped product; None takes this backend's.
+    """
+    model, tokens = config.model, config.batch.tokens_per_worker
+    held = ExpertPlaces(model.num_experts, config.split.expert_workers).per_worker
+    expected_rows, expected_pairs = expected_load(config)
+    total_tokens = placement_of(config).senders * tokens
     worst_pairs = total_tokens * (min(model.top_k, held) + model.num_shared_experts)
     groups = held + model.num_shared_experts
-    found = []
+    tile, found = tile or tile_rows(), []
     for factor in (*sorted(config.split.bucket_factors), math.inf):
         bucket = Bucket(
             rows=int(min(tokens, _round_up(factor * expected_rows, 8))),
             sorted_rows=sorted_rows(
-                int(min(worst_pairs, _round_up(factor * expected_pairs, 8))), groups, tile_rows()
+                int(min(worst_pairs, _round_up(factor * expected_pairs, 8))), groups, tile
             ),
         )
         if bucket not in found:

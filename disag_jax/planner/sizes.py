@@ -1,0 +1,160 @@
+"""Parameters and bytes of a config by arithmetic alone, for searches over many splits.
+
+Each equals what the program itself would allocate (tests/test_planner_sizes.py compares them); the
+program's own classes would trace the model once per split.
+"""
+
+import dataclasses
+
+from disag_jax.config import Config, Dtype, ModelConfig
+from disag_jax.geometry import Bucket, buckets, expected_load, placement_of
+from disag_jax.stash import BLOCK_WORDS
+from mesh.placement import ExpertPlaces, Placement
+from mesh.roles import Role
+
+# Rows of a tile of the grouped product on a GPU (layers/grouped_matmul.py): plans are for GPUs.
+TILE = 128
+ITEM_BYTES = {Dtype.BFLOAT16: 2, Dtype.FLOAT32: 4, Dtype.FLOAT64: 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Static sizes of one config in one transport bucket.
+
+    Attributes:
+      load_factor: rows of the busiest expert worker over the mean's.
+    """
+
+    config: Config
+    bucket: Bucket
+    load_factor: float
+
+    @classmethod
+    def of(cls, config: Config, load_factor: float = 1.0) -> "Sizes":
+        """In the smallest bucket that holds `load_factor` times the expected load."""
+        rows, pairs = expected_load(config)
+        options = buckets(config, TILE)
+        needed = min(config.batch.tokens_per_worker, load_factor * rows)
+        for bucket in options:
+            if bucket.rows >= needed and bucket.sorted_rows >= load_factor * pairs:
+                return cls(config, bucket, load_factor)
+        return cls(config, options[-1], load_factor)
+
+    @property
+    def placement(self) -> Placement:
+        return placement_of(self.config)
+
+    @property
+    def item_bytes(self) -> int:
+        """Of weights and activations."""
+        return ITEM_BYTES[self.config.run.compute_dtype]
+
+    @property
+    def wide_bytes(self) -> int:
+        """Of gates, gradient sums, masters and optimizer state."""
+        return max(4, self.item_bytes)
+
+    @property
+    def _int_bytes(self) -> int:
+        # Words on the wire and in the stash are as wide as the compute type.
+        return max(4, self.item_bytes)
+
+    @property
+    def experts_held(self) -> int:
+        """Routed experts of one worker."""
+        return ExpertPlaces(
+            self.config.model.num_experts, self.config.split.expert_workers
+        ).per_worker
+
+    @property
+    def rows(self) -> int:
+        """n, rows of an expert worker, empty ones included."""
+        return self.placement.senders * self.bucket.rows
+
+    @property
+    def pairs(self) -> float:
+        """Expected (token, expert) pairs of the busiest expert worker."""
+        return self.load_factor * expected_load(self.config)[1]
+
+    @property
+    def message_bytes(self) -> int:
+        """One slot of a forward message: hidden states, gates, expert ids, origins."""
+        model = self.config.model
+        of_choices = model.top_k * (self.wide_bytes + self._int_bytes)
+        row = model.d_model * self.item_bytes + of_choices + self._int_bytes
+        return self.bucket.rows * row
+
+    @property
+    def cotangent_bytes(self) -> int:
+        """One slot of a backward message: gradients of hidden states and gates."""
+        model = self.config.model
+        return self.bucket.rows * (model.d_model * self.item_bytes + model.top_k * self.wide_bytes)
+
+    @property
+    def layer_parameters(self) -> dict[Role, int]:
+        """Parameters that a worker of each role holds of one layer."""
+        model = self.config.model
+        experts = self.experts_held + model.num_shared_experts
+        return {
+            Role.ATTENTION: attention_parameters(model),
+            Role.EXPERT: experts * expert_parameters(model),
+        }
+
+    @property
+    def row_columns(self) -> dict[Role, int]:
+        """Columns of the arrays that hold a worker's rows, one row a layer.
+
+        Disaggregated, there is one array, as wide as the larger role needs, and the expert role's
+        entry is 0; co-located there is one for each role.
+        """
+        model, counts = self.config.model, self.layer_parameters
+        matrix = model.d_model * model.expert_width
+        used = dict(counts)
+        if not self.config.split.colocated:
+            used = {Role.ATTENTION: max(used.values()), Role.EXPERT: 0}
+        return {role: -(-columns // matrix) * matrix for role, columns in used.items()}
+
+    @property
+    def vocabulary_parameters(self) -> int:
+        """Embedding, head and final norm, of the whole model."""
+        model = self.config.model
+        return 2 * model.vocab_size * model.d_model + model.d_model
+
+    @property
+    def stash_entry_bytes(self) -> dict[Role, int]:
+        """One stash slot of each role."""
+        config, model = self.config, self.config.model
+        tokens, choices = config.batch.tokens_per_worker, model.top_k
+        slot_rows = self.placement.rounds * self.bucket.rows
+        # Choices, what capacity kept, origins and positions; disaggregated also origins received.
+        origins = slot_rows * (1 if config.split.colocated else 2)
+        attention_ints = 2 * tokens * choices + origins + tokens * config.fanout
+        sorted_rows = self.bucket.sorted_rows
+        order = sorted_rows + self.rows * (choices + model.num_shared_experts) + sorted_rows // TILE
+        entries = {
+            Role.ATTENTION: tokens * model.d_model * self.item_bytes
+            + attention_ints * self._int_bytes,
+            Role.EXPERT: self.rows * (model.d_model * self.item_bytes + choices * self.wide_bytes)
+            + (self.rows + order) * self._int_bytes,
+        }
+        block = BLOCK_WORDS * self.item_bytes
+        return {role: -(-size // block) * block for role, size in entries.items()}
+
+
+def attention_parameters(model: ModelConfig) -> int:
+    """Of one layer: projections, router and both norms."""
+    heads = model.num_heads + model.num_kv_heads
+    projections = 2 * model.d_model * heads * model.head_dim
+    return projections + model.d_model * model.num_experts + 2 * model.d_model
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """Of one expert: gate, up and down."""
+    return 3 * model.d_model * model.expert_width
+
+
+def total_parameters(model: ModelConfig) -> int:
+    """Of the whole model."""
+    experts = model.num_experts + model.num_shared_experts
+    layer = attention_parameters(model) + experts * expert_parameters(model)
+    return model.num_layers * layer + 2 * model.vocab_size * model.d_model + model.d_model

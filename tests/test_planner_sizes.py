@@ -1,0 +1,77 @@
+"""Sizes by arithmetic against those that the program's own classes allocate."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from disag_jax.config import Dtype, PlacementKind, SplitConfig
+from disag_jax.dispatch import cotangent_template, message_template
+from disag_jax.geometry import buckets, make_geometry
+from disag_jax.model import init_vocabulary
+from disag_jax.phases import Layouts
+from disag_jax.planner.sizes import TILE, Sizes, total_parameters
+from disag_jax.stash import StashPool
+from disag_jax.units import AttentionUnit, ExpertUnit
+from mesh.roles import Role
+from mesh.wire import WordCodec
+from tests import support
+
+COLOCATED = PlacementKind.COLOCATED
+SPLITS = {
+    "even": SplitConfig(stages=2, attention_workers=2, expert_workers=2),
+    "more experts": SplitConfig(stages=1, attention_workers=1, expert_workers=4),
+    "more attention": SplitConfig(stages=2, attention_workers=3, expert_workers=1),
+    "twin": SplitConfig(stages=1, attention_workers=4, expert_workers=2, placement=COLOCATED),
+}
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+@pytest.mark.parametrize("split", SPLITS)
+def test_sizes_are_the_programs(split, dtype):
+    config = support.small_config(SPLITS[split], num_shared_experts=1, num_experts=6, top_k=3)
+    config.run = dataclasses.replace(config.run, compute_dtype=dtype)
+    for bucket in buckets(config, TILE):
+        geometry = dataclasses.replace(make_geometry(config, bucket), tile=TILE)
+        sizes = Sizes(config, bucket, 1.0)
+        layouts = Layouts.of(geometry)
+        columns = sum(sizes.row_columns.values())
+        assert columns == layouts.worker_columns
+        for template, size in (
+            (message_template, sizes.message_bytes),
+            (cotangent_template, sizes.cotangent_bytes),
+        ):
+            codec = WordCodec(template(geometry), geometry.compute_dtype)
+            assert codec.num_words * codec.word_bytes == size
+        templates = {
+            Role.ATTENTION: AttentionUnit(geometry).stash_template(),
+            Role.EXPERT: ExpertUnit(geometry).stash_template(),
+        }
+        for role in Role:
+            slots = tuple(3 * (other is role) for other in Role)
+            pool = StashPool(templates, slots, geometry.compute_dtype, config.split.colocated)
+            assert pool.num_bytes == 3 * sizes.stash_entry_bytes[role]
+        assert sizes.layer_parameters == {role: layouts[role].num_columns for role in Role}
+
+
+def test_the_smallest_bucket_that_holds_the_load_is_taken():
+    config = support.small_config(SPLITS["more experts"])
+    config.batch = dataclasses.replace(config.batch, tokens_per_worker=4096)
+    config.model = dataclasses.replace(config.model, num_experts=64)
+    options = buckets(config, TILE)
+    assert [Sizes.of(config, load).bucket for load in (1.0, 1.24, 1.5, 3.0, 1e9)] == [
+        options[0], options[0], options[1], options[2], options[2],
+    ]  # fmt: skip
+
+
+def test_total_parameters_are_those_of_a_model():
+    config = support.small_config(SPLITS["even"], num_shared_experts=1)
+    model = config.model
+    one = dataclasses.replace(config, split=SplitConfig())
+    layouts = Layouts.of(make_geometry(one))
+    layer = sum(layouts[role].num_columns for role in Role)
+    vocabulary = jax.eval_shape(
+        lambda: init_vocabulary(model, "float32", jax.random.key(0), model.vocab_size)
+    )
+    rest = sum(leaf.size for leaf in jax.tree.leaves(vocabulary))
+    assert total_parameters(model) == model.num_layers * layer + rest
