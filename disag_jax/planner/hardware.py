@@ -25,7 +25,7 @@ class Transfer:
     """Time of one kind of transfer: latency + bytes / (rate * efficiency).
 
     Attributes:
-      gigabytes_per_second: of one device, each way.
+      gigabytes_per_second: of one device (between nodes: one network card), each way.
       latency_microseconds: of one round or collective, however little it moves.
       efficiency: share of the rate that large messages reach; 1 where the rate was measured.
       r_squared: of the fit, where there was one.
@@ -98,7 +98,8 @@ class Hardware:
       usable_memory_share: what JAX may take of it (mesh/runtime.py).
       unit_overhead_microseconds: of a unit's or the loss's launch, whatever its size.
       host_milliseconds: of a step, between its programs.
-      devices_per_node, nics_per_node: a device has nics / devices of a network card to itself.
+      devices_per_node, nics_per_node: rates of `inter_node` are those of one network card, of which
+        a device has nics / devices.
       intra_node, inter_node: the links; None where there is one node.
       unit_fits: measured times by unit (`UNITS`); an absent unit's time follows from the rates.
       update_milliseconds_per_gigaparameter: measured time of the optimizer and of packing weights;

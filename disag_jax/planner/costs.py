@@ -1,0 +1,257 @@
+"""Times of everything that a step is made of, from the work in it and what the hardware does.
+
+A unit's work is counted in three kinds: FLOPs of matrix products, FLOPs of attention scores, and
+bytes that the other operations move. Backward units count what full recomputation adds. Which
+kinds take how long is the hardware's (`Hardware.unit_seconds`).
+"""
+
+import dataclasses
+import functools
+
+from disag_jax.config import Config
+from disag_jax.flops import FORWARD_AND_BACKWARD, attention_layer
+from disag_jax.planner.hardware import Hardware, Link
+from disag_jax.planner.sizes import TILE, Sizes, expert_parameters
+from disag_jax.planner.topology import StageLinks
+from mesh.roles import Role
+
+# Products of a backward unit over those of its forward unit: the products again, and two more of
+# each. The experts' last product is not needed again.
+ATTENTION_RECOMPUTE = 3
+EXPERT_RECOMPUTE = 8 / 3
+
+# Score products of a backward unit over the two of a forward unit: two again, and five in the fused
+# backward pass, which makes the scores anew (Dao et al., "FlashAttention", section 3.1).
+SCORE_RECOMPUTE = 3.5
+
+# Bytes that the update programs move for each parameter: a float32 gradient, weight and two moments
+# are read, the last three and the compute copy written.
+UPDATE_BYTES_PER_PARAMETER = 30
+
+# Passes over a worker's gradient sums in the pipeline program: zeros at first, norms at last.
+GRADIENT_PASSES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a unit does once.
+
+    Attributes:
+      products: FLOPs of matrix products.
+      scores: FLOPs of causal attention, without its masked half.
+      num_bytes: bytes that everything else reads and writes.
+    """
+
+    products: float
+    scores: float
+    num_bytes: float
+
+
+def unit_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
+    """The work of each unit (`hardware.UNITS`).
+
+    pairs: (token, expert) pairs of the expert worker, where they are known rather than expected.
+
+    Passes over memory are those of arrays that some operation must read or write, counted from
+    disag_jax/units.py and disag_jax/dispatch.py: elementwise chains are one pass.
+    """
+    config, model = sizes.config, sizes.config.model
+    item, wide = sizes.item_bytes, sizes.wide_bytes
+    tokens, width = config.batch.tokens_per_worker, model.d_model
+    products, scores = (
+        tokens * flops for flops in attention_layer(model, config.batch.sequence_length)
+    )
+    hidden = tokens * width * item
+    slots = sizes.placement.rounds * sizes.bucket.rows * width * item
+    heads = tokens * (model.num_heads + model.num_kv_heads) * model.head_dim * item
+    sums = sizes.layer_parameters[Role.ATTENTION] * (item + 2 * wide)
+
+    pairs = sizes.pairs if pairs is None else pairs
+    # The last tile of an expert is half full on average.
+    groups = sizes.experts_held + model.num_shared_experts
+    padded = min(pairs + groups * TILE / 2, max(sizes.bucket.sorted_rows, pairs))
+    expert_products = 2 * padded * expert_parameters(model)
+    rows = sizes.rows * width * item
+    sorted_hidden = sizes.bucket.sorted_rows * width * item
+    sorted_inner = sizes.bucket.sorted_rows * model.expert_width * item
+    expert_weights = sizes.layer_parameters[Role.EXPERT]
+    return {
+        # Sum of copies, two norms, residual, stash; RoPE; gather, encode and decode of messages.
+        "attention_forward": Work(
+            products, scores, (config.fanout + 9) * hidden + 2 * heads + 6 * slots
+        ),
+        # Norms and residuals again and back; RoPE again and back; four passes of messages.
+        "attention_backward": Work(
+            ATTENTION_RECOMPUTE * products,
+            SCORE_RECOMPUTE * scores,
+            17 * hidden + 4 * heads + 8 * slots + sums,
+        ),
+        # Decode, norm, stash, residual, encode; sort, sum over choices; SwiGLU; weights.
+        "expert_forward": Work(
+            expert_products, 0, 10 * rows + 3 * sorted_hidden + 3 * sorted_inner
+            + expert_weights * item,
+        ),
+        # The same twice; each weight is read, and its gradient added to a sum.
+        "expert_backward": Work(
+            EXPERT_RECOMPUTE * expert_products, 0,
+            2 * (10 * rows + 3 * sorted_hidden + 3 * sorted_inner)
+            + expert_weights * (item + 2 * wide),
+        ),
+        "loss": _loss_work(sizes),
+    }  # fmt: skip
+
+
+def _loss_work(sizes: Sizes) -> Work:
+    """Head and cross-entropy of a worker's share of the tokens, forward and backward."""
+    config, model = sizes.config, sizes.config.model
+    tokens = loss_share(sizes)
+    head = model.vocab_size * model.d_model
+    chunks = -(-tokens // config.run.loss_chunk)
+    # Logits are written, read for the maximum and the sum, and for their gradient, which is
+    # written and read by two products.
+    logits = tokens * model.vocab_size * (3 * sizes.wide_bytes + 3 * sizes.item_bytes)
+    sums = chunks * head * (2 * sizes.item_bytes + 2 * sizes.wide_bytes)
+    return Work(FORWARD_AND_BACKWARD * 2 * tokens * head, 0, logits + sums)
+
+
+def loss_share(sizes: Sizes) -> int:
+    """Tokens of a micro-batch's loss that one worker computes."""
+    placement = sizes.placement
+    shares = placement.workers // placement.attention_workers
+    return -(-sizes.config.batch.tokens_per_worker // shares)
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds of the parts of a step of one config on some hardware."""
+
+    sizes: Sizes
+    hardware: Hardware
+
+    @property
+    def config(self) -> Config:
+        return self.sizes.config
+
+    @functools.cached_property
+    def links(self) -> StageLinks:
+        return StageLinks.of(self.sizes.placement, self.hardware)
+
+    @functools.cached_property
+    def units(self) -> dict[str, float]:
+        """Seconds of each unit and of the loss share, by `hardware.UNITS`."""
+        return {
+            name: self.hardware.unit_seconds(name, work.products, work.scores, work.num_bytes)
+            for name, work in unit_work(self.sizes).items()
+        }
+
+    @property
+    def forward_transfer(self) -> float:
+        """All rounds of a forward transfer; co-located, of hidden states to the next stage."""
+        return self._transfer(self.sizes.message_bytes)
+
+    @property
+    def backward_transfer(self) -> float:
+        return self._transfer(self.sizes.cotangent_bytes)
+
+    def _transfer(self, slot_bytes: float) -> float:
+        placement, config = self.sizes.placement, self.config
+        if not placement.colocated:
+            rounds = placement.rounds
+            return self.links.pipeline.many_to_many.seconds(rounds * slot_bytes, rounds)
+        if placement.stages == 1:
+            return 0.0
+        hidden = config.batch.tokens_per_worker * config.model.d_model * self.sizes.item_bytes
+        return self.links.pipeline.many_to_many.seconds(hidden)
+
+    @property
+    def forward_exchange(self) -> float:
+        """One all-to-all of the twin's forward phase, within a group of expert workers."""
+        return self._exchange(self.sizes.message_bytes)
+
+    @property
+    def backward_exchange(self) -> float:
+        return self._exchange(self.sizes.cotangent_bytes)
+
+    def _exchange(self, slot_bytes: float) -> float:
+        if not self.sizes.placement.colocated:
+            return 0.0
+        return self.links.all_to_all_seconds(slot_bytes)
+
+    @property
+    def loss_transfer(self) -> float:
+        """Scattering the last hidden states over the shares, and gathering their gradients."""
+        placement = self.sizes.placement
+        shares = placement.workers // placement.attention_workers
+        if shares == 1:
+            return 0.0
+        share = loss_share(self.sizes) * self.config.model.d_model * self.sizes.item_bytes
+        return 2 * self.links.pipeline.many_to_many.seconds(shares * share, shares)
+
+    @property
+    def gather_weights(self) -> float:
+        """Embedding and head from all devices, at the beginning of the pipeline program."""
+        return self._over_all(self.sizes.vocabulary_parameters * self.sizes.item_bytes)
+
+    @property
+    def reduce_gradients(self) -> float:
+        """Sums of gradients at the end of the pipeline program, one after the other.
+
+        Attention rows over a stage's attention workers (co-located, both roles' rows over those
+        that hold the same), whole rows over the replicas, the vocabulary over all devices.
+        """
+        placement, wide = self.sizes.placement, self.sizes.wide_bytes
+        rows = self.config.layers_per_stage * wide
+        layer, columns = self.sizes.layer_parameters, sum(self.sizes.row_columns.values())
+        shared = self.config.model.num_shared_experts * expert_parameters(self.config.model)
+        # Every worker takes part with as many columns as the role with more of them.
+        alike = layer[Role.ATTENTION] if placement.colocated else max(layer[Role.ATTENTION], shared)
+        seconds = self._all_reduce(self.links.stage, placement.attention_workers, rows * alike)
+        if placement.colocated:
+            copies, experts = placement.expert_copies, placement.expert_workers
+            seconds += self._all_reduce(self.links.stage, copies, rows * layer[Role.EXPERT])
+            seconds += self._all_reduce(self.links.stage, experts, rows * shared)
+        seconds += self._all_reduce(self.links.world, placement.replicas, rows * columns)
+        return seconds + self._over_all(self.sizes.vocabulary_parameters * wide)
+
+    @property
+    def update(self) -> float:
+        """Optimizer and packing on the devices that hold most parameters, without collectives."""
+        layer, devices = self.sizes.layer_parameters, self.sizes.placement.num_devices
+        held = sum(layer.values()) if self.config.split.colocated else max(layer.values())
+        parameters = (
+            self.config.layers_per_stage * held + self.sizes.vocabulary_parameters / devices
+        )
+        measured = self.hardware.update_milliseconds_per_gigaparameter
+        if measured is not None:
+            return 1e-12 * measured * parameters
+        scale = self.sizes.wide_bytes / 4
+        return scale * UPDATE_BYTES_PER_PARAMETER * parameters / self.hardware.bytes_per_second
+
+    @property
+    def gradient_passes(self) -> float:
+        """Passes over the worker's gradient sums before and after the loop."""
+        columns = self.config.layers_per_stage * sum(self.sizes.row_columns.values())
+        num_bytes = GRADIENT_PASSES * columns * self.sizes.wide_bytes
+        return num_bytes / self.hardware.bytes_per_second
+
+    @property
+    def outside_loop(self) -> dict[str, float]:
+        """What a step takes besides the periods of the schedule, by its name."""
+        return {
+            "gather weights": self.gather_weights,
+            "reduce gradients": self.reduce_gradients + self.gradient_passes,
+            "optimizer": self.update,
+            "host": 1e-3 * self.hardware.host_milliseconds,
+        }
+
+    def _all_reduce(self, link: Link, num_devices: int, num_bytes: float) -> float:
+        if num_devices == 1:
+            return 0.0
+        return link.all_reduce.seconds(2 * (num_devices - 1) / num_devices * num_bytes)
+
+    def _over_all(self, num_bytes: float) -> float:
+        """An all-gather or a reduce-scatter over all devices: half of an all-reduce."""
+        devices = self.sizes.placement.num_devices
+        if devices == 1:
+            return 0.0
+        return self.links.world.all_reduce.seconds((devices - 1) / devices * num_bytes)

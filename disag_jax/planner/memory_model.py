@@ -1,0 +1,121 @@
+"""Bytes that each kind of worker holds at once, from shapes.
+
+What stays for the whole run (masters, optimizer state, compute copies) and what the pipeline
+program holds (gradient sums, stash, vocabulary) are exact sums of arrays. What a unit needs while
+it runs is an estimate: the arrays that its backward pass must have at the same time.
+"""
+
+import dataclasses
+
+from disag_jax.memory import in_words
+from disag_jax.planner.hardware import Hardware
+from disag_jax.planner.simulator import stash_slots
+from disag_jax.planner.sizes import Sizes
+from mesh.roles import Role
+
+MASTER_AND_MOMENTS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one worker.
+
+    Attributes:
+      state: masters and optimizer state.
+      weights: compute copies in rows, and this device's part of the vocabulary's.
+      gradients: sums in rows, and the vocabulary's, gathered and summed.
+      stash: what forward units leave for their backward units.
+      transport: messages made, under way and received.
+      workspace: of the largest unit, an estimate.
+    """
+
+    state: float
+    weights: float
+    gradients: float
+    stash: float
+    transport: float
+    workspace: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def predict_memory(sizes: Sizes) -> dict[str, Memory]:
+    """The memory of each kind of worker, named as `Placement.kind_of` does."""
+    config, placement = sizes.config, sizes.placement
+    item, wide = sizes.item_bytes, sizes.wide_bytes
+    rows = config.layers_per_stage * sum(sizes.row_columns.values())
+    vocabulary, devices = sizes.vocabulary_parameters, placement.num_devices
+    tokens = config.batch.micro_batches * config.batch.tokens_per_worker
+    program = {
+        "weights": item * (rows + vocabulary / devices) + 8 * tokens,
+        "gradients": wide * (rows + vocabulary / devices) + (item + wide) * vocabulary,
+        "stash": _stash(sizes),
+        "transport": _transport(sizes),
+        "workspace": max(_workspaces(sizes).values()),
+    }
+    held = {role: config.layers_per_stage * n for role, n in sizes.layer_parameters.items()}
+    if config.split.colocated:
+        held = {"worker": sum(held.values())}
+    else:
+        held = {f"{role.label} worker": parameters for role, parameters in held.items()}
+    return {
+        kind: Memory(
+            state=MASTER_AND_MOMENTS * wide * (parameters + vocabulary / devices), **program
+        )
+        for kind, parameters in held.items()
+    }
+
+
+def missing_bytes(memory: dict[str, Memory], hardware: Hardware) -> dict[str, float]:
+    """Bytes over the device's memory, of the kinds of worker that do not fit."""
+    over = {kind: worker.total - hardware.usable_bytes for kind, worker in memory.items()}
+    return {kind: size for kind, size in over.items() if size > 0}
+
+
+def missing_in_words(missing: dict[str, float]) -> str:
+    """Each kind of worker that does not fit, and by how much."""
+    return ", ".join(f"{kind} {in_words(size)} over" for kind, size in missing.items())
+
+
+def _stash(sizes: Sizes) -> float:
+    config, split = sizes.config, sizes.config.split
+    slots = stash_slots(
+        config.model.num_layers, split.stages, config.batch.micro_batches, split.hop,
+        split.colocated,
+    )  # fmt: skip
+    pools = [slots[role] * sizes.stash_entry_bytes[role] for role in Role]
+    # The roles' pools share a shape, as rows do.
+    return sum(pools) if split.colocated else max(pools)
+
+
+def _transport(sizes: Sizes) -> float:
+    """Messages received and made of either direction, and each once more while it travels."""
+    placement = sizes.placement
+    boxes = placement.rounds * (sizes.message_bytes + sizes.cotangent_bytes)
+    if placement.colocated:
+        # Boxes live within a phase, hidden states between phases.
+        tokens = sizes.config.batch.tokens_per_worker
+        return boxes + 4 * tokens * sizes.config.model.d_model * sizes.item_bytes
+    return (2 if sizes.config.split.hop == 1 else 3) * boxes
+
+
+def _workspaces(sizes: Sizes) -> dict[str, float]:
+    """Arrays that the backward units and the loss need at once."""
+    config, model = sizes.config, sizes.config.model
+    item, wide = sizes.item_bytes, sizes.wide_bytes
+    tokens, inner = config.batch.tokens_per_worker, model.expert_width
+    hidden = tokens * model.d_model * item
+    heads = tokens * (model.num_heads + model.num_kv_heads) * model.head_dim * item
+    chunk = min(tokens, config.run.loss_chunk) * model.vocab_size
+    return {
+        # Hidden states and their gradients at four places; q k v, output and their gradients;
+        # scores of the router.
+        "attention": 8 * hidden + 4 * heads + 3 * tokens * model.num_experts * wide,
+        # Sorted rows and gradients at both ends; gate, up and product with theirs; the rows.
+        "expert": sizes.bucket.sorted_rows * item * (3 * model.d_model + 6 * inner)
+        + 3 * sizes.rows * model.d_model * item,
+        # Logits, probabilities, and their gradient in the compute type.
+        "loss": chunk * (2 * wide + item) + 4 * hidden,
+    }

@@ -1,0 +1,220 @@
+"""What a step of a config will take on some hardware: time, where it goes, memory."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from disag_jax.config import Config
+from disag_jax.flops import flops_per_device
+from disag_jax.geometry import expected_load, placement_of
+from disag_jax.planner.costs import Costs
+from disag_jax.planner.hardware import Hardware
+from disag_jax.planner.memory_model import Memory, missing_bytes, predict_memory
+from disag_jax.planner.simulator import Run, Timing, simulate
+from disag_jax.planner.sizes import Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerTime:
+    """What one kind of worker does in a step, in seconds that add up to the step's.
+
+    Attributes:
+      name: such as "stage 0 attention".
+      busy: units, losses, and all outside the loop but what moves data.
+      exposed: `Prediction.exposed_communication`, the same for all.
+      idle: the rest, waiting for the work of others.
+    """
+
+    name: str
+    busy: float
+    exposed: float
+    idle: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A predicted step.
+
+    Attributes:
+      config, hardware: of what, on what.
+      load_factor: busiest expert worker's rows over the mean's, assumed.
+      step_seconds: whole optimizer step.
+      outside_loop: of it, seconds outside the schedule's periods, by name.
+      exposed_communication: of it, seconds that transfers free of charge would save.
+      units: seconds of each unit, by name.
+      transfers: seconds of each transfer, by name.
+      workers: where the time goes, by class of workers.
+      memory: bytes, by kind of worker.
+      run: the simulated clocks.
+    """
+
+    config: Config
+    hardware: Hardware
+    load_factor: float
+    step_seconds: float
+    outside_loop: dict[str, float]
+    exposed_communication: float
+    units: dict[str, float]
+    transfers: dict[str, float]
+    workers: list[WorkerTime]
+    memory: dict[str, Memory]
+    run: Run
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.config.tokens_per_step / self.step_seconds
+
+    @property
+    def tflops_per_device(self) -> float:
+        """Model TFLOP/s (disag_jax/flops.py)."""
+        return flops_per_device(self.config, self.tokens_per_second) / 1e12
+
+    @property
+    def mfu(self) -> float:
+        return self.tflops_per_device / self.hardware.peak_tflops
+
+    @property
+    def fits(self) -> bool:
+        return not missing_bytes(self.memory, self.hardware)
+
+
+def predict(config: Config, hardware: Hardware, load_factor: float | None = None) -> Prediction:
+    """The step of a config, simulated; ConfigError if the hardware has no link that it needs.
+
+    load_factor: rows of the busiest expert worker over the mean's; None expects it of tokens that
+      choose their experts independently and evenly.
+    """
+    load = expected_load_factor(config) if load_factor is None else load_factor
+    sizes = Sizes.of(config, load)
+    costs = Costs(sizes, hardware)
+    run = simulate_step(costs)
+    outside = costs.outside_loop
+    step = run.seconds + sum(outside.values())
+    exposed = run.seconds - simulate_step(costs, free_transfers=True).seconds
+    exposed += costs.gather_weights + costs.reduce_gradients
+    return Prediction(
+        config=config,
+        hardware=hardware,
+        load_factor=load,
+        step_seconds=step,
+        outside_loop=outside,
+        exposed_communication=exposed,
+        units=costs.units,
+        transfers=_transfers(costs),
+        workers=_worker_times(costs, step, exposed),
+        memory=predict_memory(sizes),
+        run=run,
+    )
+
+
+def step_seconds(config: Config, hardware: Hardware, load_factor: float | None = None) -> float:
+    """`Prediction.step_seconds` alone, for searches."""
+    load = expected_load_factor(config) if load_factor is None else load_factor
+    costs = Costs(Sizes.of(config, load), hardware)
+    return simulate_step(costs).seconds + sum(costs.outside_loop.values())
+
+
+def lower_bound(costs: Costs) -> float:
+    """Seconds that no step of these units can undercut: the slower role's work, without waiting.
+
+    A role has K v forward and backward units on its stages with v layers, and K losses.
+    """
+    config, units = costs.config, costs.units
+    attention, expert = (
+        units[f"{role}_forward"] + units[f"{role}_backward"] for role in ("attention", "expert")
+    )
+    if config.split.colocated:
+        exchanges = 2 * (costs.forward_exchange + costs.backward_exchange)
+        layer = attention + expert + exchanges
+    else:
+        layer = max(attention, expert)
+    loss = units["loss"] + costs.loss_transfer
+    work = config.batch.micro_batches * (config.layers_per_stage * layer + loss)
+    return work + sum(costs.outside_loop.values())
+
+
+def expected_load_factor(config: Config) -> float:
+    """Rows of the busiest expert worker over the mean's, for tokens that choose independently.
+
+    The expected maximum of N about normal counts is at most mean + deviation * sqrt(2 ln N); the
+    deviation of a binomial count is at most the root of its mean. Real routers are less even.
+    """
+    workers = config.split.expert_workers
+    pairs = expected_load(config)[1]
+    return 1 + math.sqrt(2 * math.log(workers) / pairs)
+
+
+def simulate_step(costs: Costs, *, free_transfers: bool = False) -> Run:
+    """The loop's clocks; with `free_transfers` as if moving data took no time."""
+    config, split = costs.config, costs.config.split
+    return simulate(
+        timing_of(costs, free_transfers=free_transfers),
+        config.model.num_layers,
+        split.stages,
+        config.batch.micro_batches,
+        split.hop,
+        colocated=split.colocated,
+    )
+
+
+def timing_of(costs: Costs, *, free_transfers: bool = False) -> Timing:
+    """What the simulator needs, by class of workers."""
+    placement, units = placement_of(costs.config), costs.units
+    share = 0.0 if free_transfers else 1.0
+    attention, expert = (
+        np.array([units[f"{role}_forward"], units[f"{role}_backward"]])
+        for role in ("attention", "expert")
+    )
+    if placement.colocated:
+        idle = 2 * share * np.array([[costs.forward_exchange], [costs.backward_exchange]])
+        busy = (attention + expert)[:, None] + idle
+    else:
+        idle = np.zeros((2, 2))
+        busy = np.stack([attention, expert], axis=1)
+    busy, idle = (np.tile(seconds, placement.stages) for seconds in (busy, idle))
+    return Timing(
+        forward=busy[0],
+        backward=busy[1],
+        idle_forward=idle[0],
+        idle_backward=idle[1],
+        forward_transfer=share * costs.forward_transfer,
+        backward_transfer=share * costs.backward_transfer,
+        rounds=1 if placement.colocated else placement.rounds,
+        loss=units["loss"] + share * costs.loss_transfer,
+        loss_waits=placement.workers > placement.attention_workers,
+    )
+
+
+def _transfers(costs: Costs) -> dict[str, float]:
+    if costs.config.split.colocated:
+        found = {
+            "all-to-all forward": costs.forward_exchange,
+            "all-to-all backward": costs.backward_exchange,
+            "to the next stage": costs.forward_transfer,
+        }
+    else:
+        found = {
+            "many-to-many forward": costs.forward_transfer,
+            "many-to-many backward": costs.backward_transfer,
+        }
+    return found | {"loss tokens": costs.loss_transfer}
+
+
+def _worker_times(costs: Costs, step: float, exposed: float) -> list[WorkerTime]:
+    config, split, units = costs.config, costs.config.split, costs.units
+    layer = {
+        role: units[f"{role}_forward"] + units[f"{role}_backward"]
+        for role in ("attention", "expert")
+    }
+    if split.colocated:
+        layer = {"worker": sum(layer.values())}
+    outside = costs.gradient_passes + costs.update + 1e-3 * costs.hardware.host_milliseconds
+    times = []
+    for stage in range(split.stages):
+        num_layers = len(range(stage, config.model.num_layers, split.stages))
+        for kind, seconds in layer.items():
+            work = config.batch.micro_batches * (num_layers * seconds + units["loss"])
+            busy = work + outside
+            times.append(WorkerTime(f"stage {stage} {kind}", busy, exposed, step - busy - exposed))
+    return times

@@ -1,0 +1,263 @@
+"""Executes a schedule table in simulated time, as the loop of disag_jax/pipeline.py runs it.
+
+There is no global clock: each worker goes through its phases in order, and waits only where it
+needs what a transfer brings. Workers of one stage and role are alike, so there are as many clocks
+as classes of them: A(0) F(0) A(1) F(1) ... disaggregated, one a stage co-located. The classes form
+the ring along which messages travel.
+
+What the loop does in a period, with hop 1:
+
+    backward transfer of the last period's messages  ||  forward phase
+    forward transfer of what that made               ||  backward phase, which needs the former
+    loss, where one is due: of all workers together
+
+With hop 2 both transfers carry what the last period made, and have the whole period. A device's
+transfers follow one another. A transfer is R rounds of pairwise exchanges with both neighbours of
+the ring: in round r a worker waits for those that its partners finished in round r - 1, so after R
+rounds it has waited for all classes within R of it.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from disag_jax.schedule import Segment
+
+# Waves that a shortened run keeps: the loop is full from the third on; one to see the clocks'
+# advance, and two to end with, the last of which may be partial.
+KEPT_WAVES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of what a loop is made of; arrays [classes].
+
+    Attributes:
+      forward, backward: of a phase with a unit.
+      idle_forward, idle_backward: of a phase without one (the twin's exchanges run all the same).
+      forward_transfer, backward_transfer: all rounds of one transfer.
+      rounds: R, of a transfer.
+      loss: scattering, a share's head, gathering.
+      loss_waits: whether a loss needs all workers; the twin with one stage computes its own.
+    """
+
+    forward: np.ndarray
+    backward: np.ndarray
+    idle_forward: np.ndarray
+    idle_backward: np.ndarray
+    forward_transfer: float
+    backward_transfer: float
+    rounds: int
+    loss: float
+    loss_waits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Which classes have a unit in which phase, and what the loop's scans leave out.
+
+    Attributes:
+      forward, backward: bool [periods, classes].
+      loss: bool [periods].
+      segments: as `Schedule.segments`.
+      hop: as `Schedule.hop`.
+    """
+
+    forward: np.ndarray
+    backward: np.ndarray
+    loss: np.ndarray
+    segments: tuple[Segment, ...]
+    hop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Simulated clocks, seconds from the loop's start; [periods, classes].
+
+    Attributes:
+      begin: start of the period.
+      forward_end, backward_begin, backward_end: of the phases.
+      loss_begin: where a loss is due, its start; else the end of the period.
+      end: end of the period, transfers and loss included.
+      repeats: (first, one past last period of a wave in the steady state, how many further waves
+        like it there are that the clocks leave out); none left out is (0, 0, 0).
+    """
+
+    begin: np.ndarray
+    forward_end: np.ndarray
+    backward_begin: np.ndarray
+    backward_end: np.ndarray
+    loss_begin: np.ndarray
+    end: np.ndarray
+    repeats: tuple[int, int, int]
+
+    @property
+    def seconds(self) -> float:
+        """Length of the whole loop, waves left out included."""
+        first, last, count = self.repeats
+        advance = self.begin[last, 0] - self.begin[first, 0] if count else 0.0
+        return float(self.end[-1].max()) + count * advance
+
+
+@functools.lru_cache(maxsize=64)
+def make_table(
+    num_layers: int, stages: int, micro_batches: int, hop: int, colocated: bool
+) -> Table:
+    """The table of `schedule.make_schedule`, without rows and slots: for many splits in a second.
+
+    Micro-batch i starts in period W' (i div w) + i mod w, where w = d p is a wave, d = 2 hop the
+    distance between layers (1 co-located) and W' = d L' (see `schedule.make_schedule`).
+    """
+    unit_distances = (0, hop) if colocated else (hop, hop)
+    distance = sum(unit_distances)
+    wave, place = np.divmod(np.arange(micro_batches), distance * stages)
+    start = distance * -(-num_layers // stages) * stages * wave + place
+    loss_distance = distance * num_layers
+    num_periods = int(start[-1]) + 2 * loss_distance + 1
+    units = 1 if colocated else 2
+    forward, backward = np.zeros((2, num_periods, units * stages), bool)
+    for layer in range(num_layers):
+        for unit in range(units):
+            place = distance * layer + unit * unit_distances[0]
+            column = units * (layer % stages) + unit
+            forward[start + place, column] = True
+            backward[start + 2 * loss_distance - place, column] = True
+    loss = np.zeros(num_periods, bool)
+    loss[start + loss_distance] = True
+    steady = int(start[0]) + loss_distance
+    end_forward = int(np.flatnonzero(forward.any(axis=1))[-1]) + 1
+    cool_down = max(steady, end_forward)
+    segments = [
+        Segment(0, steady, has_forward=True, has_backward=False),
+        Segment(steady, cool_down, has_forward=True, has_backward=True),
+        Segment(cool_down, num_periods, has_forward=False, has_backward=True),
+    ]
+    return Table(forward, backward, loss, tuple(s for s in segments if s.num_periods), hop)
+
+
+def stash_slots(num_layers: int, stages: int, micro_batches: int, hop: int, colocated: bool):
+    """Slots that an (attention, expert) worker needs, as `Schedule.stash_slots`.
+
+    A slot is taken in a forward phase and free again after its backward phase's period.
+    """
+    kept = _kept_micro_batches(stages, micro_batches, hop, colocated)
+    table = make_table(num_layers, stages, kept, hop, colocated)
+    taken = np.cumsum(table.forward, axis=0)
+    freed = np.cumsum(table.backward, axis=0)
+    # A slot that is freed in this period's backward phase cannot be taken before the next.
+    most = (taken - np.concatenate([np.zeros_like(freed[:1]), freed[:-1]])).max(axis=0)
+    roles = most[None] if colocated else most.reshape(stages, 2).T
+    attention, expert = roles[0].max(), roles[-1].max()
+    return int(attention), int(expert)
+
+
+def simulate(
+    timing: Timing,
+    num_layers: int,
+    stages: int,
+    micro_batches: int,
+    hop: int,
+    *,
+    colocated: bool,
+    shorten: bool = True,
+) -> Run:
+    """Runs the schedule of these sizes.
+
+    With `shorten`, waves in the steady state that are proven to repeat the one before are left out:
+    the table repeats there, so once all clocks advance alike in a wave they do so in every next.
+    """
+    distance = hop if colocated else 2 * hop
+    kept = _kept_micro_batches(stages, micro_batches, hop, colocated) if shorten else micro_batches
+    table = make_table(num_layers, stages, kept, hop, colocated)
+    run = execute(table, timing)
+    left_out = (micro_batches - kept) // (distance * stages)
+    if not left_out:
+        return run
+    period = distance * -(-num_layers // stages) * stages
+    # The last full wave but one that the kept waves hold: forward and backward are both full.
+    first = (KEPT_WAVES - 3) * period
+    advance = run.begin[first + period] - run.begin[first]
+    if not np.allclose(advance, advance[0], rtol=1e-9, atol=0):
+        return simulate(
+            timing, num_layers, stages, micro_batches, hop, colocated=colocated, shorten=False
+        )
+    return dataclasses.replace(run, repeats=(first, first + period, left_out))
+
+
+def _kept_micro_batches(stages, micro_batches, hop, colocated) -> int:
+    """The fewest that have `KEPT_WAVES` waves and the same last one, or all."""
+    wave = (hop if colocated else 2 * hop) * stages
+    left_out = max(0, -(-micro_batches // wave) - KEPT_WAVES)
+    return micro_batches - left_out * wave
+
+
+def execute(table: Table, timing: Timing) -> Run:
+    """Runs every period of a table."""
+    num_periods, num_classes = table.forward.shape
+    forward = np.where(table.forward, timing.forward, timing.idle_forward)
+    backward = np.where(table.backward, timing.backward, timing.idle_backward)
+    clocks = np.empty((6, num_periods, num_classes))
+    begin, forward_end, backward_begin, backward_end, loss_begin, end = clocks
+    now = np.zeros(num_classes)
+    ring = _Ring(num_classes, timing.rounds)
+    period = _one_hop if table.hop == 1 else _two_hops
+    for segment in table.segments:
+        seconds = (
+            timing.forward_transfer if segment.has_forward or table.hop == 2 else None,
+            timing.backward_transfer if segment.has_backward else None,
+        )
+        for t in range(segment.begin, segment.end):
+            begin[t] = now
+            f = forward[t] if segment.has_forward else 0.0
+            b = backward[t] if segment.has_backward else 0.0
+            forward_end[t], backward_begin[t], backward_end[t], now = period(
+                now, f, b, seconds, ring
+            )
+            loss_begin[t] = now
+            if table.loss[t]:
+                if timing.loss_waits:
+                    loss_begin[t] = now.max()
+                now = loss_begin[t] + timing.loss
+            end[t] = now
+    return Run(*clocks, repeats=(0, 0, 0))
+
+
+def _one_hop(now, forward, backward, transfers, ring):
+    """(forward_end, backward_begin, backward_end, end) of a period from `now`."""
+    forward_transfer, backward_transfer = transfers
+    sent = now
+    if backward_transfer is not None:
+        sent = ring.wait(now) + backward_transfer
+    forward_end = now + forward
+    backward_begin = np.maximum(forward_end, sent)
+    backward_end = end = backward_begin + backward
+    if forward_transfer is not None:
+        # Behind the backward transfer on the device's communication stream.
+        end = np.maximum(end, ring.wait(backward_begin) + forward_transfer)
+    return forward_end, backward_begin, backward_end, end
+
+
+def _two_hops(now, forward, backward, transfers, ring):
+    forward_end = now + forward
+    backward_end = forward_end + backward
+    sent = now
+    for seconds in transfers:
+        if seconds is not None:
+            sent = ring.wait(sent) + seconds
+    return forward_end, forward_end, backward_end, np.maximum(backward_end, sent)
+
+
+class _Ring:
+    """Classes in the order of messages; a transfer waits for all within its rounds."""
+
+    def __init__(self, num_classes: int, rounds: int):
+        self.reach = min(rounds, num_classes // 2)
+        self.is_whole = 2 * self.reach >= num_classes - 1
+        shifts = np.arange(-self.reach, self.reach + 1)
+        self.neighbours = (np.arange(num_classes)[:, None] + shifts) % num_classes
+
+    def wait(self, clocks: np.ndarray) -> np.ndarray:
+        if self.is_whole:
+            return np.full_like(clocks, clocks.max())
+        return clocks[self.neighbours].max(axis=1)

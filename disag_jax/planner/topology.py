@@ -1,0 +1,84 @@
+"""Which links the transfers of a placement use.
+
+Workers are numbered replica by replica and stage by stage, each stage's attention workers first
+(mesh/placement.py), and nodes are filled in that order.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from disag_jax.errors import ConfigError
+from disag_jax.planner.hardware import Hardware, Link, Transfer
+from mesh.placement import Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class StageLinks:
+    """Links by what they are used for.
+
+    Attributes:
+      pipeline: between the submeshes, and between stages. A transfer's rounds go around the ring of
+        all stages, so its slowest edge sets the pace of all.
+      stage: among the workers of one stage.
+      world: among all devices and among replicas.
+      all_to_all: (intra-node link, inter-node link or None, other workers of an exchange's group on
+        the same node, those on other nodes); of the worker with most on other nodes.
+    """
+
+    pipeline: Link
+    stage: Link
+    world: Link
+    all_to_all: tuple[Link, Link | None, int, int]
+
+    @classmethod
+    def of(cls, placement: Placement, hardware: Hardware) -> "StageLinks":
+        """ConfigError if the placement needs several nodes and the hardware names one."""
+        near = hardware.intra_node
+        size = placement.stage_workers
+        nodes = np.arange(placement.num_devices) // hardware.devices_per_node
+        stages = nodes.reshape(-1, size)
+        if nodes[-1] == 0:
+            return cls(near, near, near, (near, None, placement.expert_workers - 1, 0))
+        far = per_device(hardware)
+        # The last stage of a replica sends to its first, so one replica on one node is needed.
+        replicas = nodes.reshape(placement.replicas, -1)
+        near_ring = (replicas[:, 0] == replicas[:, -1]).all()
+        near_stage = (stages[:, 0] == stages[:, -1]).all()
+        group = min(placement.expert_workers, size)
+        groups = stages[:, : size // group * group].reshape(-1, group)
+        same = min(int((row == row[0]).sum()) for row in groups)
+        return cls(
+            pipeline=near if near_ring else far,
+            stage=near if near_stage else far,
+            world=far,
+            all_to_all=(near, far, same - 1, group - same),
+        )
+
+    def all_to_all_seconds(self, slot_bytes: float) -> float:
+        """An exchange of one slot with each other worker of the group.
+
+        Slots within the node and slots to other nodes travel at the same time.
+        """
+        near, far, near_slots, far_slots = self.all_to_all
+        seconds = near.all_to_all.seconds(near_slots * slot_bytes) if near_slots else 0.0
+        if far_slots:
+            seconds = max(seconds, far.all_to_all.seconds(far_slots * slot_bytes))
+        return seconds
+
+
+def per_device(hardware: Hardware) -> Link:
+    """The inter-node link of one device: its part of the node's network cards."""
+    if hardware.inter_node is None:
+        raise ConfigError(
+            f"hardware {hardware.name}: inter_node = None must be a link for more than "
+            f"devices_per_node = {hardware.devices_per_node} devices"
+        )
+    share = hardware.nics_per_node / hardware.devices_per_node
+
+    def scaled(transfer: Transfer) -> Transfer:
+        rate = share * transfer.gigabytes_per_second
+        return dataclasses.replace(transfer, gigabytes_per_second=rate)
+
+    link = hardware.inter_node
+    return Link(scaled(link.many_to_many), scaled(link.all_to_all), scaled(link.all_reduce))
