@@ -1,7 +1,8 @@
-"""Time of the transfers between workers over sizes of a message's slot."""
+"""Time of the transfers between workers over sizes of what they move."""
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding
 
 from disag_jax.config import Config
@@ -10,6 +11,7 @@ from disag_jax.pipeline import PER_WORKER
 from disag_jax.timing import Figure, time_calls
 from disag_jax.training import make_meshes
 from mesh.m2n import RingTransport, exchange_in_group
+from mesh.placement import ALL_DEVICES, Meshes
 
 SLOT_MIB = (0.25, 1, 4, 16, 64)
 MIB = 2**20
@@ -17,29 +19,51 @@ MIB = 2**20
 
 def measure(config: Config) -> list[Figure]:
     """Transfers of each size: many-to-many, or all-to-all if the config is co-located."""
-    placement, meshes = placement_of(config), make_meshes(config)
+    return [figure for _, figure in measure_slots(config)]
+
+
+def measure_slots(config: Config) -> list[tuple[int, Figure]]:
+    """(bytes of a slot, time) of each size; many-to-many, or all-to-all co-located."""
+    placement = placement_of(config)
     transport = RingTransport(placement)
 
     def send(words):
         if placement.colocated:
-            return exchange_in_group(words[0], placement)[None]
-        return transport.send_forward(words[0])[None]
+            return exchange_in_group(words, placement)
+        return transport.send_forward(words)
 
+    kind = "all-to-all" if placement.colocated else "many-to-many"
+    found = []
+    for num_bytes, call in _calls(make_meshes(config), send, placement.rounds):
+        figure = time_calls(f"{kind}, {placement.rounds} slots of {num_bytes / MIB:g} MiB", call)
+        moved = placement.rounds * num_bytes / figure.milliseconds / 1e6
+        figure.extra["a worker, each way"] = f"{moved:.3g} GB/s"
+        found.append((num_bytes, figure))
+    return found
+
+
+def measure_all_reduce(config: Config) -> list[tuple[int, Figure]]:
+    """(bytes on each device, time) of sums over all devices."""
+    calls = _calls(make_meshes(config), lambda words: lax.psum(words, ALL_DEVICES), 1)
+    return [
+        (num_bytes, time_calls(f"all-reduce of {num_bytes / MIB:g} MiB", call))
+        for num_bytes, call in calls
+    ]
+
+
+def _calls(meshes: Meshes, send, num_slots: int):
+    """Yields (bytes of a slot, a call of `send` on [num_slots, words]) for each of `SLOT_MIB`."""
     program = jax.jit(
         jax.shard_map(
-            send, mesh=meshes.union, in_specs=PER_WORKER, out_specs=PER_WORKER, check_vma=False
+            lambda words: send(words[0])[None],
+            mesh=meshes.union,
+            in_specs=PER_WORKER,
+            out_specs=PER_WORKER,
+            check_vma=False,
         )
     )
-    figures = []
     for size in SLOT_MIB:
-        shape = (placement.num_devices, placement.rounds, int(size * MIB) // 2)
-        words = jax.device_put(
-            jnp.zeros(shape, jnp.uint16), NamedSharding(meshes.union, PER_WORKER)
-        )
-        kind = "all-to-all" if placement.colocated else "many-to-many"
-        name = f"{kind}, {placement.rounds} slots of {size:g} MiB"
-        figure = time_calls(name, lambda words=words: program(words))
-        moved = placement.rounds * size * MIB / figure.milliseconds / 1e6
-        figure.extra["a worker, each way"] = f"{moved:.3g} GB/s"
-        figures.append(figure)
-    return figures
+        num_bytes = int(size * MIB)
+        shape = (meshes.union.size, num_slots, num_bytes // 4)
+        words = jnp.zeros(shape, jnp.float32, device=NamedSharding(meshes.union, PER_WORKER))
+        yield num_bytes, lambda words=words: program(words)

@@ -87,7 +87,7 @@ class _UnitBench:
         experts = jax.jit(lambda: init_experts(model, dtype, key, 0, jnp.asarray(ids)))()
         self.expert_params = {EXPERTS: experts, POST_NORM: post_norm}
         self.bias = jnp.zeros((g.E,), g.wide_dtype)
-        self.h = [self._draw(i, g.T, g.D) for i in range(g.M)]
+        self.h = [_draw(g, i, g.T, g.D) for i in range(g.M)]
         colocated = g.placement.colocated
         origin = None if colocated else jnp.zeros((g.R, g.C), jnp.int32)
 
@@ -115,7 +115,7 @@ class _UnitBench:
             self._time("attention backward", self._attention_backward()),
             self._time("expert forward", lambda: self.expert_forward(*self._expert_inputs())),
             self._time("expert backward", self._expert_backward()),
-            self._time("loss, share of a worker", self._loss()),
+            self._time("loss, share of a worker", loss_call(self.g)),
         ]
 
     def _time(self, name: str, call) -> Figure:
@@ -150,9 +150,6 @@ class _UnitBench:
             ),
         }[name]  # fmt: skip
 
-    def _draw(self, seed: int, *shape):
-        return jax.random.normal(jax.random.key(seed), shape, self.g.compute_dtype)
-
     def _attend(self, rank: int = 0):
         slot_rank = 0 if self.g.placement.colocated else rank
         return self.attention_forward(self.attention_params, self.bias, self.h[rank], slot_rank)
@@ -162,7 +159,7 @@ class _UnitBench:
 
     def _attention_backward(self):
         g = self.g
-        cotangent = Cotangent(self._draw(1, g.R, g.C, g.D), jnp.ones((g.R, g.C, g.K), g.wide_dtype))
+        cotangent = Cotangent(_draw(g, 1, g.R, g.C, g.D), jnp.ones((g.R, g.C, g.K), g.wide_dtype))
         scales = jnp.ones((2,), g.wide_dtype)
 
         def backward(params, kept, cotangent):
@@ -199,26 +196,33 @@ class _UnitBench:
 
         return call
 
-    def _loss(self):
-        g, config = self.g, self.g.config
-        tokens, vocab_size = SharedLoss(g).share_tokens, config.model.vocab_size
-        head = HeadParams(jnp.ones((g.D,), g.compute_dtype), 0.02 * self._draw(2, vocab_size, g.D))
-        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, g.wide_dtype), head)
-        labels = jnp.arange(tokens, dtype=jnp.int32) % vocab_size
-        h_TD = self._draw(3, tokens, g.D)
 
-        def run(sums, head, h_TD, labels):
-            total, dh_TD, sums = cross_entropy_and_grads(
-                head, h_TD, labels, 1.0 / tokens, sums,
-                eps=config.model.norm_eps, chunk=config.run.loss_chunk,
-            )  # fmt: skip
-            return sums, (total, dh_TD)
+def loss_call(geometry: Geometry):
+    """A call that runs a worker's share of a micro-batch's loss, forward and backward."""
+    g, config = geometry, geometry.config
+    tokens, vocab_size = SharedLoss(g).share_tokens, config.model.vocab_size
+    weights = 0.02 * _draw(g, 2, vocab_size, g.D)
+    head = HeadParams(jnp.ones((g.D,), g.compute_dtype), weights)
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, g.wide_dtype), head)
+    labels = jnp.arange(tokens, dtype=jnp.int32) % vocab_size
+    h_TD = _draw(g, 3, tokens, g.D)
 
-        program = jax.jit(run, donate_argnums=0)
+    def run(sums, head, h_TD, labels):
+        total, dh_TD, sums = cross_entropy_and_grads(
+            head, h_TD, labels, 1.0 / tokens, sums,
+            eps=config.model.norm_eps, chunk=config.run.loss_chunk,
+        )  # fmt: skip
+        return sums, (total, dh_TD)
 
-        def call():
-            nonlocal sums
-            sums, results = program(sums, head, h_TD, labels)
-            return results
+    program = jax.jit(run, donate_argnums=0)
 
-        return call
+    def call():
+        nonlocal sums
+        sums, results = program(sums, head, h_TD, labels)
+        return results
+
+    return call
+
+
+def _draw(geometry: Geometry, seed: int, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, geometry.compute_dtype)

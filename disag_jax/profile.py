@@ -1,0 +1,281 @@
+"""Measures the devices here and writes what the planner needs to know of them.
+
+  python -m disag_jax.profile --config configs/balanced.py --out h100x2.json
+
+The pipeline's phases and the loss are timed in some variants of the config's shape, transfers and
+sums over sizes, and the optimizer; each is fitted to the work in it (disag_jax/planner/fits.py).
+The devices, an even number of them, are half attention and half expert workers.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from disag_jax import bench_phases, bench_transfer
+from disag_jax.bench_units import measure_rates
+from disag_jax.config import Config, ConfigError, PlacementKind, SplitConfig
+from disag_jax.flops import peak_flops
+from disag_jax.geometry import enable_float64
+from disag_jax.planner.costs import unit_work
+from disag_jax.planner.fits import fit_slope, fit_transfer, fit_unit
+from disag_jax.planner.hardware import UNITS, Hardware, Link, Transfer
+from disag_jax.planner.sizes import Sizes
+from disag_jax.state import StateManager
+from disag_jax.training import make_meshes
+from mesh.placement import Meshes
+
+# Not measured here: what a step's host takes between programs, a unit's launch where a unit has no
+# fit, and the share of the product's rate that attention reaches where it has none.
+HOST_MILLISECONDS, UNIT_OVERHEAD_MICROSECONDS, SCORE_EFFICIENCY = 5, 50, 0.65
+
+UPDATES = 4
+UPDATE_LAYERS = (1, 2)
+
+
+def profile(config: Config, name: str, say=print) -> tuple[Hardware, dict]:
+    """(hardware, the points that it was fitted to); `say` is told what is being measured."""
+    say("rates of a product and of a copy")
+    rates, _ = measure_rates(config)
+    shape = _one_stage(config)
+    meshes = make_meshes(shape)
+    units = {unit: [] for unit in UNITS}
+    for label, variant in variants(shape):
+        say(f"phases: {label}")
+        times = bench_phases.measure(variant, meshes)
+        work = unit_work(Sizes(variant, times.bucket, 1.0), times.pairs)
+        for unit in UNITS:
+            units[unit].append((label, work[unit], 1e-3 * times.figures[unit].milliseconds))
+    say("transfers")
+    transfers = measure_transfers(shape)
+    say("optimizer")
+    updates = measure_updates(shape, meshes)
+    devices = jax.devices()
+    peak = peak_flops(config, devices[0].device_kind) or rates.flops
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit", _host_bytes())
+    hardware = Hardware(
+        name=name,
+        source="measured",
+        comment=(
+            f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}, "
+            f"{time.strftime('%Y-%m-%d')}, around {config.name}. Assumed: host_milliseconds, "
+            "unit_overhead_microseconds, score_efficiency."
+        ),
+        peak_tflops=peak / 1e12,
+        product_tflops=rates.flops / 1e12,
+        product_efficiency=1.0,
+        score_efficiency=SCORE_EFFICIENCY,
+        memory_gigabytes_per_second=rates.bytes / 1e9,
+        memory_efficiency=1.0,
+        memory_gibibytes=limit / 2**30,
+        # The limit is what JAX may use, already without the rest.
+        usable_memory_share=1.0,
+        unit_overhead_microseconds=UNIT_OVERHEAD_MICROSECONDS,
+        host_milliseconds=HOST_MILLISECONDS,
+        devices_per_node=len(devices),
+        nics_per_node=len(devices),
+        intra_node=Link(**{kind: fit_transfer(points) for kind, points in transfers.items()}),
+        inter_node=None,
+        unit_fits={
+            unit: fit_unit([(work, seconds) for _, work, seconds in points])
+            for unit, points in units.items()
+        },
+        update_milliseconds_per_gigaparameter=fit_slope(
+            [(parameters / 1e9, 1e3 * seconds) for parameters, seconds in updates]
+        ),
+    )
+    points = {
+        unit: [
+            {"variant": label, "milliseconds": 1e3 * seconds, **dataclasses.asdict(work)}
+            for label, work, seconds in found
+        ]
+        for unit, found in units.items()
+    }
+    points |= {
+        kind: [{"rounds": r, "num_bytes": b, "milliseconds": 1e3 * s} for r, b, s in found]
+        for kind, found in transfers.items()
+    }
+    points["update"] = [{"parameters": n, "milliseconds": 1e3 * s} for n, s in updates]
+    return hardware, points
+
+
+def variants(config: Config) -> list[tuple[str, Config]]:
+    """Shapes around the config in which tokens, sequence, choices, experts and vocabulary vary."""
+    tokens, length = config.batch.tokens_per_worker, config.batch.sequence_length
+    model = config.model
+    wanted = [
+        {},
+        {"tokens_per_worker": tokens // 2},
+        {"sequence_length": length // 2},
+        {"tokens_per_worker": tokens // 2, "sequence_length": length // 4},
+        {"top_k": model.top_k // 2},
+        {"num_experts": model.num_experts // 2, "vocab_size": model.vocab_size // 2},
+        {"tokens_per_worker": tokens // 4, "sequence_length": length // 4,
+         "top_k": model.top_k // 2},
+    ]  # fmt: skip
+    found = []
+    for changes in wanted:
+        variant = copy.deepcopy(config)
+        for field, value in changes.items():
+            section = variant.batch if hasattr(variant.batch, field) else variant.model
+            setattr(section, field, value)
+        try:
+            variant.validate()
+        except ConfigError:
+            continue  # too small a shape to halve
+        label = ", ".join(f"{field} {value}" for field, value in changes.items())
+        found.append((label or "as configured", variant))
+    return found
+
+
+def measure_transfers(config: Config) -> dict[str, list[tuple[int, float, float]]]:
+    """(rounds, bytes in all, seconds) of each size, by the field of `hardware.Link`."""
+    twin, split = copy.deepcopy(config), config.split
+    workers = split.attention_workers + split.expert_workers
+    twin.split = SplitConfig(
+        attention_workers=workers, expert_workers=workers, placement=PlacementKind.COLOCATED
+    )
+    rounds = split.attention_workers
+    return {
+        "many_to_many": [
+            (rounds, rounds * size, 1e-3 * figure.milliseconds)
+            for size, figure in bench_transfer.measure_slots(config)
+        ],
+        "all_to_all": [
+            (1, (workers - 1) * size, 1e-3 * figure.milliseconds)
+            for size, figure in bench_transfer.measure_slots(twin)
+        ],
+        "all_reduce": [
+            (1, 2 * (workers - 1) / workers * size, 1e-3 * figure.milliseconds)
+            for size, figure in bench_transfer.measure_all_reduce(config)
+        ],
+    }
+
+
+def measure_updates(config: Config, meshes: Meshes) -> list[tuple[float, float]]:
+    """(parameters of the device with most, seconds of an update) for some numbers of layers."""
+    points = []
+    for num_layers in UPDATE_LAYERS:
+        smaller = copy.deepcopy(config)
+        smaller.model.num_layers = num_layers
+        manager = StateManager(smaller, meshes)
+        state, zeros = manager.init(0), _zero_gradients(manager)
+        seconds = []
+        for _ in range(UPDATES):
+            rows, vocabulary = jax.block_until_ready(zeros())
+            began = time.perf_counter()
+            state = manager.update(state, rows, vocabulary, state.router_bias, 1.0, 0.0)
+            state.wait()
+            seconds.append(time.perf_counter() - began)
+            del rows, vocabulary
+        sizes = Sizes.of(smaller)
+        held = num_layers * max(sizes.layer_parameters.values())
+        parameters = held + sizes.vocabulary_parameters / sizes.placement.num_devices
+        # The first compiles.
+        points.append((parameters, float(np.median(seconds[1:]))))
+    return points
+
+
+def write(path: str, hardware: Hardware, points: dict):
+    """Writes the hardware where `--hardware` reads it, and the measured points beside it."""
+    file = pathlib.Path(path)
+    try:
+        file.write_text(json.dumps(dataclasses.asdict(hardware), indent=2) + "\n")
+        file.with_suffix(".points.json").write_text(json.dumps(points, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--out = {path!r} must be writable: {error.strerror}") from error
+
+
+def summary(hardware: Hardware) -> str:
+    """The fits, one a line."""
+    lines = [
+        f"products {hardware.product_tflops:.0f} TFLOP/s, "
+        f"copies {hardware.memory_gigabytes_per_second:.0f} GB/s, optimizer "
+        f"{hardware.update_milliseconds_per_gigaparameter:.1f} ms per 10^9 parameters"
+    ]
+    for unit, fit in hardware.unit_fits.items():
+        lines.append(
+            f"{unit:<20}{fit.overhead_microseconds:8.0f} us"
+            f"{fit.milliseconds_per_product_tflop:8.3f} ms/TFLOP of products"
+            f"{fit.milliseconds_per_score_tflop:8.3f} ms/TFLOP of scores"
+            f"{fit.milliseconds_per_gigabyte:8.3f} ms/GB   R^2 {fit.r_squared:.4f}"
+        )
+    for field in dataclasses.fields(Link):
+        transfer: Transfer = getattr(hardware.intra_node, field.name)
+        lines.append(
+            f"{field.name:<20}{transfer.latency_microseconds:8.0f} us"
+            f"{transfer.gigabytes_per_second:8.1f} GB/s   R^2 {transfer.r_squared:.4f}"
+        )
+    return "\n".join(lines)
+
+
+def main(config: Config, out: str):
+    """Measures, prints and writes."""
+    config.validate()
+    enable_float64(config)
+    if not pathlib.Path(out).resolve().parent.is_dir():
+        raise ConfigError(f"--out = {out!r} must be in a directory that exists")
+    began = time.perf_counter()
+
+    def say(what: str):
+        print(f"{time.perf_counter() - began:6.0f} s  {what}", flush=True)
+
+    hardware, points = profile(config, pathlib.Path(out).stem, say)
+    write(out, hardware, points)
+    print(summary(hardware))
+
+
+def _one_stage(config: Config) -> Config:
+    """The config with one stage on the devices here, half of them of either role; two layers."""
+    devices = len(jax.devices())
+    if devices % 2:
+        raise ConfigError(
+            f"devices = {devices} must be an even number, half attention and half expert workers"
+        )
+    shape = copy.deepcopy(config)
+    half = devices // 2
+    shape.split = SplitConfig(
+        attention_workers=half, expert_workers=half, bucket_factors=config.split.bucket_factors
+    )
+    shape.model.num_layers, shape.batch.micro_batches = 2, 1
+    return shape.validate()
+
+
+def _zero_gradients(manager: StateManager):
+    """A program that makes gradients of zeros where the pipeline would leave them."""
+    state, wide = manager.abstract_state(), manager.geometry.wide_dtype
+    abstract = (state.rows, state.vocabulary)
+    return jax.jit(
+        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide), abstract),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+    )
+
+
+def _host_bytes() -> int:
+    """Memory of this machine, which simulated devices share."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+if __name__ == "__main__":
+    from absl import flags
+
+    from disag_jax import cli
+    from mesh import runtime
+
+    _CONFIG = cli.define_config_flag()
+    _OUT = flags.DEFINE_string("out", None, "JSON file to write, for --hardware of disag_jax.plan")
+    _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
+    _NETWORK = flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP)
+    flags.mark_flags_as_required(["config", "out"])
+
+    def _run():
+        runtime.start(_CPU_DEVICES.value, network=_NETWORK.value)
+        main(_CONFIG.value, _OUT.value)
+
+    cli.run(_run)

@@ -1,0 +1,96 @@
+"""The profile command on simulated devices, and the fits that it makes."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from disag_jax import bench_phases, bench_transfer, profile
+from disag_jax.config import BatchConfig, ConfigError, Dtype, SplitConfig
+from disag_jax.planner import hardware
+from disag_jax.planner.costs import Work
+from disag_jax.planner.fits import fit_slope, fit_transfer, fit_unit
+from disag_jax.planner.prediction import predict
+from tests import support
+
+
+def test_a_profile_is_measured_written_and_read_back(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_transfer, "SLOT_MIB", (0.01, 4))
+    monkeypatch.setattr(bench_phases, "MANY", 4)
+    all_variants = profile.variants
+    monkeypatch.setattr(profile, "variants", lambda config: all_variants(config)[:1])
+    monkeypatch.setattr(profile, "UPDATE_LAYERS", (1,))
+    config = support.small_config(SplitConfig(), top_k=4, num_shared_experts=1)
+    config.run.compute_dtype = Dtype.FLOAT32
+    config.batch = BatchConfig(sequence_length=16, tokens_per_worker=32, micro_batches=2)
+    out = str(tmp_path / "here.json")
+    profile.main(config, out)
+    printed = capsys.readouterr().out
+    measured = hardware.load(out)
+    assert measured.source == "measured" and measured.name == "here"
+    assert set(measured.unit_fits) == set(hardware.UNITS)
+    assert all(fit.num_points == 1 for fit in measured.unit_fits.values())
+    for name in (*hardware.UNITS, "many_to_many", "all_to_all", "all_reduce"):
+        assert name in printed
+    points = json.loads((tmp_path / "here.points.json").read_text())
+    assert all(p["milliseconds"] > 0 for found in points.values() for p in found)
+    # What was measured is enough for a prediction on as many devices.
+    two = copy.deepcopy(config)
+    assert predict(two, measured).step_seconds > 0
+    two.split.stages, two.split.attention_workers = 2, 4
+    with pytest.raises(ConfigError, match="inter_node = None must be a link"):
+        predict(two, measured)
+
+
+def test_variants_are_valid_and_vary_what_units_depend_on():
+    config = support.small_config(SplitConfig(), top_k=4, num_experts=8)
+    config.batch = BatchConfig(sequence_length=64, tokens_per_worker=128, micro_batches=1)
+    found = [variant.validate() for _, variant in profile.variants(config)]
+    assert len(found) == 7
+    for values in (
+        {(v.batch.tokens_per_worker, v.batch.sequence_length) for v in found},
+        {v.model.top_k for v in found},
+        {v.model.num_experts for v in found},
+        {v.model.vocab_size for v in found},
+    ):
+        assert len(values) > 1
+
+
+def test_an_odd_number_of_devices_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(profile.jax, "devices", lambda: [None] * 3)
+    config = support.small_config(SplitConfig())
+    with pytest.raises(ConfigError, match="devices = 3 must be an even number"):
+        profile._one_stage(config)
+    with pytest.raises(ConfigError, match=r"--out = .* must be in a directory that exists"):
+        profile.main(config, str(tmp_path / "none" / "x.json"))
+
+
+def test_fits_find_the_coefficients_that_made_the_times():
+    rng = np.random.default_rng(0)
+    work = [Work(*(10.0 ** rng.uniform((11, 11, 8), (12.5, 12.5, 9.5)))) for _ in range(8)]
+    truth = np.array([0.2, 1.4, 2.0, 0.4])
+    times = [
+        1e-3 * truth @ (1, w.products / 1e12, w.scores / 1e12, w.num_bytes / 1e9) for w in work
+    ]
+    fit = fit_unit(list(zip(work, times, strict=True)))
+    assert fit.overhead_microseconds == pytest.approx(200, rel=1e-6)
+    assert fit.milliseconds_per_product_tflop == pytest.approx(1.4)
+    assert fit.milliseconds_per_score_tflop == pytest.approx(2.0)
+    assert fit.milliseconds_per_gigabyte == pytest.approx(0.4)
+    assert fit.r_squared == pytest.approx(1) and fit.num_points == 8
+    for w, seconds in zip(work, times, strict=True):
+        assert fit.seconds(w.products, w.scores, w.num_bytes) == pytest.approx(seconds)
+    transfer = fit_transfer([(2, b, 2 * 1e-5 + b / 3e11) for b in (1e5, 1e6, 1e8)])
+    assert transfer.latency_microseconds == pytest.approx(10)
+    assert transfer.gigabytes_per_second == pytest.approx(300)
+    assert transfer.seconds(1e6, 2) == pytest.approx(2e-5 + 1e6 / 3e11)
+    assert fit_slope([(1.0, 2.0), (2.0, 4.0)]) == pytest.approx(2)
+
+
+def test_noise_shows_in_r_squared():
+    work = [Work(x, 0, 0) for x in (1e12, 2e12, 3e12)]
+    straight = fit_unit(list(zip(work, (1e-3, 2e-3, 3e-3), strict=True)))
+    bent = fit_unit(list(zip(work, (1e-3, 3e-3, 2e-3), strict=True)))
+    assert straight.r_squared == pytest.approx(1)
+    assert bent.r_squared < 0.7
