@@ -90,7 +90,7 @@ def predict(config: Config, hardware: Hardware, load_factor: float | None = None
     costs = Costs(sizes, hardware)
     run = simulate_step(costs)
     outside = costs.outside_loop
-    step = run.seconds + sum(outside.values())
+    step = total_seconds(costs, run)
     exposed = run.seconds - simulate_step(costs, free_transfers=True).seconds
     exposed += costs.gather_weights + costs.reduce_gradients
     return Prediction(
@@ -112,7 +112,12 @@ def step_seconds(config: Config, hardware: Hardware, load_factor: float | None =
     """`Prediction.step_seconds` alone, for searches."""
     load = expected_load_factor(config) if load_factor is None else load_factor
     costs = Costs(Sizes.of(config, load), hardware)
-    return simulate_step(costs).seconds + sum(costs.outside_loop.values())
+    return total_seconds(costs, simulate_step(costs))
+
+
+def total_seconds(costs: Costs, run: Run) -> float:
+    """A step's seconds: the loop's, and what is around it."""
+    return run.seconds + sum(costs.outside_loop.values())
 
 
 def lower_bound(costs: Costs) -> float:

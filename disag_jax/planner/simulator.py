@@ -139,10 +139,16 @@ def make_table(
 def stash_slots(num_layers: int, stages: int, micro_batches: int, hop: int, colocated: bool):
     """Slots that an (attention, expert) worker needs, as `Schedule.stash_slots`.
 
-    A slot is taken in a forward phase and free again after its backward phase's period.
+    A slot is taken in a forward phase and free again after its backward phase's period. A
+    micro-batch stays for two waves at most, so that further ones need no more.
     """
-    kept = _kept_micro_batches(stages, micro_batches, hop, colocated)
-    table = make_table(num_layers, stages, kept, hop, colocated)
+    wave = (hop if colocated else 2 * hop) * stages
+    return _stash_slots(num_layers, stages, min(micro_batches, 4 * wave), hop, colocated)
+
+
+@functools.cache
+def _stash_slots(num_layers, stages, micro_batches, hop, colocated) -> tuple[int, int]:
+    table = make_table(num_layers, stages, micro_batches, hop, colocated)
     taken = np.cumsum(table.forward, axis=0)
     freed = np.cumsum(table.backward, axis=0)
     # A slot that is freed in this period's backward phase cannot be taken before the next.

@@ -1,0 +1,170 @@
+"""Plans a run before any device is touched: which split, how long a step, how much memory.
+
+  python -m disag_jax.plan --config configs/qwen3_235b.py --hardware h800 --num_devices 128
+
+`--hardware` is a name in disag_jax/planner/hardware/ or a file that `python -m disag_jax.profile`
+wrote. Splits are searched exhaustively within what docs/planner.md lists, at about the config's
+tokens per step; `--stages`, `--attention_workers` and so on hold parts of it fixed.
+"""
+
+import dataclasses
+
+import rich.console
+import rich.table
+
+from disag_jax.config import Config, PlacementKind
+from disag_jax.errors import ConfigError
+from disag_jax.memory import in_words as bytes_in_words
+from disag_jax.planner import search as search_lib
+from disag_jax.planner.advice import Advice, advise
+from disag_jax.planner.hardware import Hardware, load
+from disag_jax.planner.prediction import Prediction, predict
+from disag_jax.planner.search import Fixed
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The answer: the pick, what is near it, and what the other placement would do.
+
+    Attributes:
+      best: the fastest split of either placement.
+      rows: (label, prediction) of the pick, its neighbours and the other placement's best.
+      advice: whether to disaggregate, and what would change that.
+    """
+
+    best: Prediction
+    rows: list[tuple[str, Prediction]]
+    advice: Advice
+
+
+def make_plan(
+    config: Config,
+    hardware: Hardware,
+    num_devices: int,
+    fixed: Fixed | None = None,
+    load_factor: float | None = None,
+) -> Plan:
+    """Plans a config on `num_devices`; ConfigError if no split can be had."""
+    config.validate()
+    fixed = fixed or Fixed()
+    if num_devices < 2:
+        raise ConfigError(
+            f"num_devices = {num_devices} must be at least 2, one for attention and one for experts"
+        )
+    if load_factor is not None and load_factor < 1:
+        raise ConfigError(
+            f"load_factor = {load_factor} must be at least 1, the busiest worker's rows over the "
+            "mean's"
+        )
+    found = {
+        placement: search_lib.search(config, hardware, num_devices, placement, fixed, load_factor)
+        for placement in PlacementKind
+    }
+    ranked = sorted((one for one in found.values() if one), key=lambda one: one.seconds_per_token)
+    if not ranked:
+        raise search_lib.refusal(config, hardware, num_devices, fixed)
+    best = predict(ranked[0].config.validate(), hardware, load_factor)
+    rows = [(f"pick, {best.config.split.placement}", best)]
+    for label, near in search_lib.neighbours(best.config, num_devices):
+        rows.append((label, predict(near, hardware, load_factor)))
+    for other in ranked[1:]:
+        rows.append(
+            (f"best {other.config.split.placement}", predict(other.config, hardware, load_factor))
+        )
+    return Plan(best, rows, advise(config, hardware, num_devices, found, load_factor))
+
+
+def table(plan: Plan) -> rich.table.Table:
+    """The rows of a plan."""
+    best = plan.best
+    made = rich.table.Table(
+        title=f"{best.config.name} on {best.config.split.num_devices} x {best.hardware.name} "
+        f"({best.hardware.source})"
+    )
+    names = ("", "D x p x (M + N)", "hop", "K x T", "step, s", "tokens/s", "MFU", "exposed",
+             "idle A, F", "GiB A, F")  # fmt: skip
+    for name in names:
+        made.add_column(name, justify="right" if name else "left")
+    for label, prediction in plan.rows:
+        split, batch = prediction.config.split, prediction.config.batch
+        second = f"/{split.expert_workers}" if split.colocated else f" + {split.expert_workers}"
+        step = prediction.step_seconds
+        idle = {worker.name.split()[-1]: worker.idle / step for worker in prediction.workers}
+        memory = " ".join(f"{m.total / 2**30:.0f}" for m in prediction.memory.values())
+        made.add_row(
+            label if prediction.fits else f"{label}: does not fit",
+            f"{split.replicas} x {split.stages} x ({split.attention_workers}{second})",
+            str(split.hop),
+            f"{batch.micro_batches} x {batch.tokens_per_worker}",
+            f"{step:.3f}",
+            f"{prediction.tokens_per_second:,.0f}",
+            f"{prediction.mfu:.1%}",
+            f"{prediction.exposed_communication / step:.0%}",
+            " ".join(f"{share:.0%}" for share in idle.values()),
+            memory,
+        )
+    return made
+
+
+def report(plan: Plan) -> str:
+    """What the table does not say: units, transfers, memory, assumptions, advice."""
+    best = plan.best
+    units = ", ".join(f"{name} {1e3 * s:.2f}" for name, s in best.units.items())
+    moves = ", ".join(f"{name} {1e3 * s:.2f}" for name, s in best.transfers.items() if s)
+    outside = ", ".join(f"{name} {1e3 * s:.0f}" for name, s in best.outside_loop.items())
+    lines = [
+        f"{'pick':<12}{search_lib.in_words(best.config)}; "
+        f"{best.config.tokens_per_step:,} tokens a step",
+        f"{'units, ms':<12}{units}",
+        f"{'moves, ms':<12}{moves or 'none'}",
+        f"{'around, ms':<12}{outside}",
+    ]
+    for kind, memory in best.memory.items():
+        parts = ", ".join(
+            f"{field.name} {bytes_in_words(getattr(memory, field.name))}"
+            for field in dataclasses.fields(memory)
+        )
+        lines.append(f"{'memory':<12}{kind} {bytes_in_words(memory.total)}: {parts}")
+    lines += [
+        f"{'assumed':<12}busiest expert worker {best.load_factor:.3f} of the mean; "
+        f"{best.hardware.comment}",
+        f"{'advice':<12}{plan.advice.sentence}",
+    ]
+    return "\n".join(lines)
+
+
+def main(
+    config: Config, hardware_name: str, num_devices: int, fixed: Fixed, load_factor: float | None
+) -> Plan:
+    """Prints a plan."""
+    plan = make_plan(config, load(hardware_name), num_devices, fixed, load_factor)
+    rich.console.Console(width=140).print(table(plan))
+    print(report(plan))
+    return plan
+
+
+if __name__ == "__main__":
+    from absl import flags
+
+    from disag_jax import cli
+
+    _CONFIG = cli.define_config_flag()
+    _HARDWARE = flags.DEFINE_string("hardware", None, "a name, or a file of disag_jax.profile")
+    _NUM_DEVICES = flags.DEFINE_integer("num_devices", None, "devices to split")
+    _LOAD_FACTOR = flags.DEFINE_float(
+        "load_factor", None, "busiest expert worker's rows over the mean's; default: even routing"
+    )
+    _FIXED = {
+        name: flags.DEFINE_integer(name, None, f"keep {name} at this", lower_bound=1)
+        for name in (
+            "replicas", "stages", "attention_workers", "expert_workers", "hop",
+            "tokens_per_worker",
+        )
+    }  # fmt: skip
+    flags.mark_flags_as_required(["config", "hardware", "num_devices"])
+
+    def _run():
+        fixed = Fixed(**{name: flag.value for name, flag in _FIXED.items()})
+        main(_CONFIG.value, _HARDWARE.value, _NUM_DEVICES.value, fixed, _LOAD_FACTOR.value)
+
+    cli.run(_run)

@@ -1,0 +1,118 @@
+"""Whether to disaggregate, and which change of circumstances would turn the answer around."""
+
+import copy
+import dataclasses
+
+from disag_jax.config import Config, PlacementKind
+from disag_jax.planner.hardware import Hardware, Link
+from disag_jax.planner.search import Fixed, Found, search
+
+LENGTHS = (2, 4, 8)
+RATES = (2, 4, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """The placement that is faster, by which factor, and what would have to change.
+
+    Attributes:
+      placement: the faster one.
+      advantage: speed over the other placement's best; None where the other fits nowhere.
+      changes: the least change of each kind tried that makes the other one faster, in words.
+      sentence: all of it.
+    """
+
+    placement: PlacementKind
+    advantage: float | None
+    changes: list[str]
+
+    @property
+    def sentence(self) -> str:
+        verb = "co-locate" if self.placement is PlacementKind.COLOCATED else "disaggregate"
+        if self.advantage is None:
+            return f"{verb}: the other placement fits on no split of these devices"
+        text = f"{verb}: {self.advantage:.2f} times as fast as the other placement's best split"
+        if self.changes:
+            return f"{text}; that would turn around with {' or '.join(self.changes)}"
+        return (
+            f"{text}; neither sequences up to {LENGTHS[-1]} times as long or short nor links up to "
+            f"{RATES[-1]} times as fast or slow would turn that around"
+        )
+
+
+def advise(
+    config: Config,
+    hardware: Hardware,
+    num_devices: int,
+    found: dict[PlacementKind, Found | None],
+    load_factor: float | None,
+) -> Advice:
+    """Compares the best of both placements, and tries what would reverse the order.
+
+    The changes are tried with as many stages and replicas as each placement's best has now.
+    """
+    ranked = sorted((one for one in found.values() if one), key=lambda one: one.seconds_per_token)
+    first = ranked[0].config.split.placement
+    if len(ranked) == 1:
+        return Advice(first, None, [])
+    advantage = ranked[1].seconds_per_token / ranked[0].seconds_per_token
+
+    def turns(changed_config: Config, changed_hardware: Hardware) -> bool:
+        times = {}
+        for one in ranked:
+            split = one.config.split
+            fixed = Fixed(replicas=split.replicas, stages=split.stages)
+            best = search(
+                changed_config, changed_hardware, num_devices, split.placement, fixed, load_factor
+            )
+            times[split.placement] = best.seconds_per_token if best else float("inf")
+        return times[first] > min(times.values())
+
+    changes = []
+    for attempts in _attempts(config, hardware, num_devices):
+        for words, changed_config, changed_hardware in attempts:
+            if turns(changed_config, changed_hardware):
+                changes.append(words)
+                break
+    return Advice(first, advantage, changes)
+
+
+def _attempts(config: Config, hardware: Hardware, num_devices: int):
+    """Series of (words, config, hardware), each of growing changes of one kind."""
+    length = config.batch.sequence_length
+    for factors in (LENGTHS, [1 / factor for factor in LENGTHS]):
+        series = []
+        for factor in factors:
+            changed = copy.deepcopy(config)
+            # Whole sequences, at the same tokens per step.
+            tokens = config.batch.tokens_per_worker * config.batch.micro_batches
+            changed.batch.sequence_length = size = max(1, int(length * factor))
+            changed.batch.tokens_per_worker = max(
+                size, config.batch.tokens_per_worker // size * size
+            )
+            changed.batch.micro_batches = max(1, tokens // changed.batch.tokens_per_worker)
+            series.append((f"sequences of {size:,} tokens", changed, hardware))
+        yield series
+    is_far = num_devices > hardware.devices_per_node
+    name = "inter_node" if is_far else "intra_node"
+    for factors, word in ((RATES, "faster"), ([1 / rate for rate in RATES], "slower")):
+        yield [
+            (
+                f"{name.replace('_', '-')} links {max(factor, 1 / factor):g} times {word}",
+                config,
+                dataclasses.replace(hardware, **{name: _scaled(getattr(hardware, name), factor)}),
+            )
+            for factor in factors
+        ]
+
+
+def _scaled(link: Link, factor: float) -> Link:
+    transfers = {field.name: getattr(link, field.name) for field in dataclasses.fields(link)}
+    return Link(
+        **{
+            name: dataclasses.replace(
+                transfer, gigabytes_per_second=factor * transfer.gigabytes_per_second
+            )
+            for name, transfer in transfers.items()
+        }
+    )

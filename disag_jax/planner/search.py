@@ -1,0 +1,265 @@
+"""Finds the fastest split of a number of devices that fits their memory.
+
+Every split is bounded from below by the work of its slower role, which takes no simulation. In the
+order of these bounds splits are simulated, until no bound is under the best simulated step: what is
+found is the best of all that `candidates` lists. Nothing is drawn at random.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from disag_jax.config import Config, PlacementKind
+from disag_jax.errors import ConfigError
+from disag_jax.planner.costs import Costs
+from disag_jax.planner.hardware import Hardware
+from disag_jax.planner.memory_model import missing_bytes, missing_in_words, predict_memory
+from disag_jax.planner.prediction import (
+    expected_load_factor,
+    lower_bound,
+    simulate_step,
+    total_seconds,
+)
+from disag_jax.planner.sizes import Sizes
+
+# A stage of more workers than this divides into attention and experts by this many parts only.
+RATIO_PARTS = 16
+MOST_TOKENS_PER_WORKER = 65_536
+
+# How much a step's tokens may differ from the config's where a split does not divide them.
+TOKEN_TOLERANCE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What a search must not change; None is free. Fields as in SplitConfig and BatchConfig."""
+
+    replicas: int | None = None
+    stages: int | None = None
+    attention_workers: int | None = None
+    expert_workers: int | None = None
+    hop: int | None = None
+    tokens_per_worker: int | None = None
+    placement: PlacementKind | None = None
+
+    def allows(self, config: Config) -> bool:
+        """Whether a config has all the values that are fixed."""
+        for field in dataclasses.fields(self):
+            wanted = getattr(self, field.name)
+            section = config.batch if field.name == "tokens_per_worker" else config.split
+            if wanted is not None and getattr(section, field.name) != wanted:
+                return False
+        return True
+
+    def __str__(self) -> str:
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return ", ".join(f"{name} = {value}" for name, value in given.items() if value is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The best of a search.
+
+    Attributes:
+      config: the input with its split and batch changed.
+      step_seconds: of it.
+      num_candidates, num_simulated: splits that fit, and those that had to be simulated.
+    """
+
+    config: Config
+    step_seconds: float
+    num_candidates: int
+    num_simulated: int
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.step_seconds / self.config.tokens_per_step
+
+
+def candidates(
+    config: Config, num_devices: int, placement: PlacementKind, fixed: Fixed | None = None
+) -> Iterator[Config]:
+    """Every split of the devices, in a fixed order; about the config's tokens per step each.
+
+    Stages of g workers, p of them and D replicas with D p g = num_devices; M and N with M + N = g
+    (co-located M = g and N any divisor of g); whole sequences per micro-batch, by powers of two;
+    both hops (co-located one).
+    """
+    fixed = fixed or Fixed()
+    for group in _divisors(num_devices):
+        for stages in _divisors(num_devices // group):
+            if stages > config.model.num_layers:
+                continue
+            replicas = num_devices // group // stages
+            for attention, expert in _roles(config, group, placement, fixed):
+                for hop in (1, 2) if placement is PlacementKind.DISAGGREGATED else (1,):
+                    split = dataclasses.replace(
+                        config.split, replicas=replicas, stages=stages,
+                        attention_workers=attention, expert_workers=expert, hop=hop,
+                        placement=placement,
+                    )  # fmt: skip
+                    for batch in _batches(config, replicas * attention, fixed):
+                        found = dataclasses.replace(config, split=split, batch=batch)
+                        if fixed.allows(found):
+                            yield found
+
+
+def search(
+    config: Config,
+    hardware: Hardware,
+    num_devices: int,
+    placement: PlacementKind,
+    fixed: Fixed | None = None,
+    load_factor: float | None = None,
+) -> Found | None:
+    """The split with the least time per token, or None where none fits the memory."""
+    bounded, order = [], 0
+    for candidate in candidates(config, num_devices, placement, fixed):
+        load = expected_load_factor(candidate) if load_factor is None else load_factor
+        sizes = Sizes.of(candidate, load)
+        if missing_bytes(predict_memory(sizes), hardware):
+            continue
+        costs = Costs(sizes, hardware)
+        bounded.append((lower_bound(costs) / candidate.tokens_per_step, order, costs))
+        order += 1
+    best, num_simulated = None, 0
+    for bound, _, costs in sorted(bounded, key=lambda item: item[:2]):
+        if best and bound >= best.seconds_per_token:
+            break
+        num_simulated += 1
+        seconds = total_seconds(costs, simulate_step(costs))
+        found = Found(costs.config, seconds, len(bounded), num_simulated)
+        if best is None or found.seconds_per_token < best.seconds_per_token:
+            best = found
+    return best and dataclasses.replace(best, num_simulated=num_simulated)
+
+
+def splits_that_fit(
+    config: Config, hardware: Hardware, num_devices: int, placement: PlacementKind, **fixed
+) -> list[Found]:
+    """For each (D, p, M, N) that fits, its fastest micro-batch and hop; the fastest split first.
+
+    fixed: fields of `Fixed`.
+    """
+    by_split: dict[tuple, Found] = {}
+    for candidate in candidates(config, num_devices, placement, Fixed(**fixed)):
+        sizes = Sizes.of(candidate, expected_load_factor(candidate))
+        if missing_bytes(predict_memory(sizes), hardware):
+            continue
+        costs = Costs(sizes, hardware)
+        found = Found(candidate, total_seconds(costs, simulate_step(costs)), 1, 1)
+        key = split_key(candidate)
+        if key not in by_split or found.seconds_per_token < by_split[key].seconds_per_token:
+            by_split[key] = found
+    return sorted(by_split.values(), key=lambda found: found.seconds_per_token)
+
+
+def neighbours(found: Config, num_devices: int) -> list[tuple[str, Config]]:
+    """(what differs, config) of the splits next to one in each direction that `candidates` goes."""
+    here = _coordinates(found)
+    nearest: dict[tuple[str, bool], tuple[float, Config]] = {}
+    for other in candidates(found, num_devices, found.split.placement):
+        there = _coordinates(other)
+        changed = [name for name in here if here[name] != there[name]]
+        if len(changed) != 1:
+            continue
+        name = changed[0]
+        distance = there[name] - here[name]
+        key = name, distance > 0
+        if key not in nearest or abs(distance) < abs(nearest[key][0]):
+            nearest[key] = distance, other
+    order = list(here)
+    keys = sorted(nearest, key=lambda key: (order.index(key[0]), key[1]))
+    return [(f"{'more' if up else 'less'} {name}", nearest[name, up][1]) for name, up in keys]
+
+
+def _coordinates(config: Config) -> dict[str, float]:
+    """A split as independent numbers; replicas follow from the others."""
+    split = config.split
+    second = {"experts apart": split.expert_workers} if split.colocated else {
+        "attention": split.attention_workers / (split.attention_workers + split.expert_workers)
+    }  # fmt: skip
+    workers = split.num_devices // (split.replicas * split.stages)
+    return second | {
+        "tokens a micro-batch": config.batch.tokens_per_worker,
+        "stages": split.stages,
+        "workers a stage": workers,
+        "hops": split.hop,
+    }
+
+
+def split_key(config: Config) -> tuple[int, int, int, int]:
+    """(D, p, M, N)."""
+    split = config.split
+    return split.replicas, split.stages, split.attention_workers, split.expert_workers
+
+
+def refusal(
+    config: Config, hardware: Hardware, num_devices: int, fixed: Fixed | None = None
+) -> ConfigError:
+    """Why no split can be had: what is over, by how much, where it is over least."""
+    fixed = fixed or Fixed()
+    wanted = f" with {fixed}" if str(fixed) else ""
+    least, where = None, None
+    for placement in PlacementKind:
+        for candidate in candidates(config, num_devices, placement, fixed):
+            missing = missing_bytes(predict_memory(Sizes.of(candidate)), hardware)
+            if least is None or sum(missing.values()) < sum(least.values()):
+                least, where = missing, candidate
+    if least is None:
+        return ConfigError(
+            f"num_devices = {num_devices} must divide into replicas x stages x workers of a "
+            f"stage{wanted}, with whole sequences of {config.batch.sequence_length} tokens for "
+            f"about {config.tokens_per_step:,} tokens per step"
+        )
+    return ConfigError(
+        f"num_devices = {num_devices} of {hardware.name} must hold {config.name}{wanted}: the "
+        f"split that comes closest, {in_words(where)}, is {missing_in_words(least)}"
+    )
+
+
+def in_words(config: Config) -> str:
+    """A split and its batch, short."""
+    split, batch = config.split, config.batch
+    roles = (
+        f"{split.attention_workers} of both roles in groups of {split.expert_workers}"
+        if split.colocated
+        else f"{split.attention_workers} + {split.expert_workers}"
+    )
+    hop = "" if split.hop == 1 else f", hop {split.hop}"
+    return (
+        f"{split.replicas} x {split.stages} stages x ({roles}){hop}, "
+        f"{batch.micro_batches} micro-batches of {batch.tokens_per_worker:,} tokens"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _roles(config: Config, group: int, placement: PlacementKind, fixed: Fixed):
+    """(M, N) of a stage of `group` workers."""
+    experts = config.model.num_experts
+    if placement is PlacementKind.COLOCATED:
+        return [(group, n) for n in _divisors(group) if n <= experts]
+    step = max(1, group // RATIO_PARTS)
+    sizes = set(range(step, group, step))
+    if fixed.attention_workers is not None:
+        sizes.add(fixed.attention_workers)
+    if fixed.expert_workers is not None:
+        sizes.add(group - fixed.expert_workers)
+    return [(m, group - m) for m in sorted(sizes) if 0 < m < group and group - m <= experts]
+
+
+def _batches(config: Config, attention_workers: int, fixed: Fixed):
+    """Micro-batches and how many of them, for a step of about the config's tokens."""
+    length, wanted = config.batch.sequence_length, config.tokens_per_step
+    sizes, tokens = set(), length
+    while tokens <= max(length, MOST_TOKENS_PER_WORKER):
+        sizes.add(tokens)
+        tokens *= 2
+    sizes.add(fixed.tokens_per_worker or config.batch.tokens_per_worker)
+    for tokens in sorted(sizes):
+        count = round(wanted / (attention_workers * tokens))
+        made = count * attention_workers * tokens
+        if count and abs(made - wanted) <= TOKEN_TOLERANCE * wanted:
+            yield dataclasses.replace(config.batch, tokens_per_worker=tokens, micro_batches=count)
