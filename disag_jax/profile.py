@@ -15,7 +15,6 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from disag_jax import bench_phases, bench_transfer
@@ -165,15 +164,14 @@ def measure_updates(config: Config, meshes: Meshes) -> list[tuple[float, float]]
         smaller = copy.deepcopy(config)
         smaller.model.num_layers = num_layers
         manager = StateManager(smaller, meshes)
-        state, zeros = manager.init(0), _zero_gradients(manager)
+        state, gradients = manager.init(0), manager.zero_gradients()
         seconds = []
         for _ in range(UPDATES):
-            rows, vocabulary = jax.block_until_ready(zeros())
+            jax.block_until_ready((state.masters, gradients))
             began = time.perf_counter()
-            state = manager.update(state, rows, vocabulary, state.router_bias, 1.0, 0.0)
+            state = manager.update(state, *gradients, state.router_bias, 1.0, 0.0)
             state.wait()
             seconds.append(time.perf_counter() - began)
-            del rows, vocabulary
         sizes = Sizes.of(smaller)
         held = num_layers * max(sizes.layer_parameters.values())
         parameters = held + sizes.vocabulary_parameters / sizes.placement.num_devices
@@ -245,16 +243,6 @@ def _one_stage(config: Config) -> Config:
     )
     shape.model.num_layers, shape.batch.micro_batches = 2, 1
     return shape.validate()
-
-
-def _zero_gradients(manager: StateManager):
-    """A program that makes gradients of zeros where the pipeline would leave them."""
-    state, wide = manager.abstract_state(), manager.geometry.wide_dtype
-    abstract = (state.rows, state.vocabulary)
-    return jax.jit(
-        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide), abstract),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
-    )
 
 
 def _host_bytes() -> int:
