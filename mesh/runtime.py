@@ -29,11 +29,8 @@ SOCKETS = {
 }
 NETWORKS = {"default": {}, "sockets": SOCKETS}
 NETWORK_HELP = "sockets makes NCCL use loopback sockets, a slow network, on one machine"
-DETERMINISTIC_FLAGS = {
-    "--xla_gpu_deterministic_ops": "true",
-    # With CUDA graphs as well, jax 0.11.2 ends in an internal error.
-    "--xla_gpu_enable_command_buffer": "",
-}
+# layers/cudnn_attention.py looks at it too.
+DETERMINISTIC_FLAGS = {"--xla_gpu_deterministic_ops": "true"}
 
 
 def start(cpu_devices: int, *, deterministic: bool = False, network: str = "default"):
