@@ -12,6 +12,7 @@ from disag_jax.config import (
     Dtype,
     ModelConfig,
     OptimizerConfig,
+    Recompute,
     RunConfig,
     SplitConfig,
 )
@@ -38,6 +39,11 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(peak_learning_rate=2e-4, final_learning_rate=2e-5),
         batch=BatchConfig(sequence_length=8192, tokens_per_worker=16_384, micro_batches=16),
         run=RunConfig(
-            num_steps=20, compute_dtype=Dtype.BFLOAT16, loss_chunk=2048, log_every=1, eval_batches=1
+            num_steps=20,
+            compute_dtype=Dtype.BFLOAT16,
+            recompute=Recompute.NONE,
+            loss_chunk=2048,
+            log_every=1,
+            eval_batches=1,
         ),
     )

@@ -27,6 +27,19 @@ class PlacementKind(enum.StrEnum):
     COLOCATED = "colocated"
 
 
+class Recompute(enum.StrEnum):
+    """What backward units compute again instead of finding it in the stash.
+
+    FULL: everything from a unit's input on. SELECTIVE: all but attention itself, whose output and
+    log-sum-exp are kept. NONE: norms, gates and activations alone; queries, keys, values and the
+    experts' gate and up products are kept too.
+    """
+
+    FULL = "full"
+    SELECTIVE = "selective"
+    NONE = "none"
+
+
 class Dtype(enum.StrEnum):
     """Type of the weights and activations that the units compute with."""
 
@@ -178,6 +191,7 @@ class RunConfig:
     Attributes:
       compute_dtype: type of weights and activations in the units; masters, gradients and optimizer
         state are float32 (float64 with float64).
+      recompute: what backward units compute again to save memory.
       loss_chunk: tokens whose logits a worker holds at once.
       eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never).
       eval_batches: steps' worth of held-out text per evaluation.
@@ -192,6 +206,7 @@ class RunConfig:
     num_steps: int = 100
     seed: int = 0
     compute_dtype: Dtype = Dtype.BFLOAT16
+    recompute: Recompute = Recompute.SELECTIVE
     loss_chunk: int = 1024
     log_every: int = 10
     eval_every: int = 0

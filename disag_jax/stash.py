@@ -1,5 +1,8 @@
 """The stash: what forward units leave for their backward units, in one buffer per worker."""
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -13,17 +16,18 @@ BLOCK_WORDS = 1024
 class StashPool:
     """Slots for the stash entries of either role, in a buffer whose shape is the same for both.
 
+    Every leaf of an entry begins at a whole block and is written and read by itself, so that the
+    large ones are copied once.
+
     templates: the entry of each role, a tree of ShapeDtypeStructs; slots: entries of each role;
     colocated: whether a worker plays both roles, so that the expert slots come after the others.
     """
 
     def __init__(self, templates: dict, slots: tuple[int, int], compute_dtype, colocated: bool):
-        self.codecs = {role: WordCodec(templates[role], compute_dtype) for role in Role}
-        self.entry_blocks = {
-            role: -(-codec.num_words // BLOCK_WORDS) for role, codec in self.codecs.items()
-        }
-        blocks = [slots[role] * self.entry_blocks[role] for role in Role]
+        self.entries = {role: _Entry(templates[role], compute_dtype) for role in Role}
+        blocks = [slots[role] * self.entries[role].num_blocks for role in Role]
         self.num_blocks = sum(blocks) if colocated else max(blocks)
+        self.word_dtype = self.entries[Role.ATTENTION].word_dtype
         self.first_block = {
             Role.ATTENTION: 0,
             Role.EXPERT: blocks[Role.ATTENTION] if colocated else 0,
@@ -31,24 +35,50 @@ class StashPool:
 
     @property
     def num_bytes(self) -> int:
-        return self.num_blocks * BLOCK_WORDS * self.codecs[Role.ATTENTION].word_bytes
+        return self.num_blocks * BLOCK_WORDS * self.word_dtype.itemsize
 
     def zeros(self):
-        return jnp.zeros((self.num_blocks, BLOCK_WORDS), self.codecs[Role.ATTENTION].word_dtype)
+        return jnp.zeros((self.num_blocks, BLOCK_WORDS), self.word_dtype)
 
     def write(self, pool, role: Role, slot, entry):
         """Writes an entry into a slot (a traced index) in place."""
-        words, blocks = self.codecs[role].encode(entry), self.entry_blocks[role]
-        words = jnp.pad(words, (0, blocks * BLOCK_WORDS - words.shape[0]))
-        return lax.dynamic_update_slice(
-            pool, words.reshape(blocks, BLOCK_WORDS), self._at(role, slot)
-        )
+        layout, first = self.entries[role], self._first_block(role, slot)
+        leaves = jax.tree.leaves(entry)
+        for leaf, codec, blocks in zip(leaves, layout.codecs, layout.blocks, strict=True):
+            words = codec.encode(leaf)
+            words = jnp.pad(words, (0, blocks.size * BLOCK_WORDS - words.shape[0]))
+            at = (first + blocks.first, jnp.zeros_like(slot))
+            pool = lax.dynamic_update_slice(pool, words.reshape(blocks.size, BLOCK_WORDS), at)
+        return pool
 
     def read(self, pool, role: Role, slot):
         """The entry in a slot (a traced index)."""
-        blocks = self.entry_blocks[role]
-        words = lax.dynamic_slice(pool, self._at(role, slot), (blocks, BLOCK_WORDS))
-        return self.codecs[role].decode(words.reshape(-1))
+        layout, first = self.entries[role], self._first_block(role, slot)
+        leaves = []
+        for codec, blocks in zip(layout.codecs, layout.blocks, strict=True):
+            at = (first + blocks.first, jnp.zeros_like(slot))
+            words = lax.dynamic_slice(pool, at, (blocks.size, BLOCK_WORDS))
+            leaves.append(codec.decode(words.reshape(-1)))
+        return jax.tree.unflatten(layout.treedef, leaves)
 
-    def _at(self, role: Role, slot):
-        return self.first_block[role] + slot * self.entry_blocks[role], jnp.zeros_like(slot)
+    def _first_block(self, role: Role, slot):
+        return self.first_block[role] + slot * self.entries[role].num_blocks
+
+
+class _Blocks(NamedTuple):
+    first: int
+    size: int
+
+
+class _Entry:
+    """Where the leaves of one role's entry lie, in blocks from its beginning."""
+
+    def __init__(self, template, compute_dtype):
+        leaves, self.treedef = jax.tree.flatten(template)
+        self.codecs = [WordCodec(leaf, compute_dtype) for leaf in leaves]
+        self.word_dtype = self.codecs[0].word_dtype
+        self.blocks, self.num_blocks = [], 0
+        for codec in self.codecs:
+            size = -(-codec.num_words // BLOCK_WORDS)
+            self.blocks.append(_Blocks(self.num_blocks, size))
+            self.num_blocks += size

@@ -2,9 +2,9 @@
 
 A forward unit takes parameters and a message and returns the next message and what its backward
 unit needs (its stash); a backward unit takes parameters, stash and the cotangent of the message it
-sent and recomputes the rest. Integers (choices, rows, order) are made in the forward unit only: a
-fresh top-k in the backward pass may choose differently in bfloat16, and one flip would misalign
-every row after it.
+sent and recomputes what `run.recompute` did not have kept. Integers (choices, rows, order) are made
+in the forward unit only: a fresh top-k in the backward pass may choose differently in bfloat16, and
+one flip would misalign every row after it.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from disag_jax.config import Recompute
 from disag_jax.dispatch import (
     Cotangent,
     Dispatch,
@@ -23,6 +24,7 @@ from disag_jax.dispatch import (
 )
 from disag_jax.geometry import Geometry
 from disag_jax.model import EXPERTS, POST_NORM, attention_module, expert_module
+from layers.attention import Attended, AttentionKept
 from layers.experts import apply_experts
 from layers.grouped_matmul import (
     ExpertOrder,
@@ -32,6 +34,7 @@ from layers.grouped_matmul import (
     order_by_expert,
 )
 from layers.norm import rms_norm
+from layers.recall import recalled
 from layers.router import (
     balance_loss,
     choice_counts,
@@ -45,23 +48,38 @@ from layers.router import (
 
 
 class AttentionStash(NamedTuple):
-    """h: [T, D], the unit's input; origin: int32 [R, C] of the message it came from; dispatch.
+    """What an attention unit leaves for its backward unit.
 
-    Co-located, h comes from no message and `origin` is None.
+    Attributes:
+      h: [T, D], its input.
+      origin: int32 [R, C] of the message that h came from; None co-located, where there is none.
+      dispatch: where its tokens went.
+      kept: what need not be computed again, by `run.recompute`.
     """
 
     h: jax.Array
     origin: jax.Array | None
     dispatch: Dispatch
+    kept: AttentionKept
 
 
 class ExpertStash(NamedTuple):
-    """x: [n, D]; gate: [n, K]; residual: int32 [n], 1 on copy 0 of a token; order."""
+    """What an expert unit leaves for its backward unit.
+
+    Attributes:
+      x: [n, D], its input.
+      gate: [n, K].
+      residual: int32 [n], 1 on copy 0 of a token.
+      order: of the sorted rows.
+      products: [P, width] of the rows with the gate and up weights, by the weight's name; empty
+        where `run.recompute` has them computed again.
+    """
 
     x: jax.Array
     gate: jax.Array
     residual: jax.Array
     order: ExpertOrder
+    products: dict[str, jax.Array]
 
 
 class RoutingStats(NamedTuple):
@@ -92,7 +110,28 @@ class AttentionUnit:
     def stash_template(self) -> AttentionStash:
         g = self.geometry
         origin = None if g.placement.colocated else g.ints(g.R, g.C)
-        return AttentionStash(g.floats(g.T, g.D), origin, dispatch_template(g))
+        return AttentionStash(
+            g.floats(g.T, g.D), origin, dispatch_template(g), self._kept_template()
+        )
+
+    def _kept_template(self) -> AttentionKept:
+        g, model = self.geometry, self.geometry.config.model
+
+        def heads(count):
+            return g.floats(g.T // g.S, g.S, count, model.head_dim)
+
+        q, k = heads(model.num_heads), heads(model.num_kv_heads)
+        lse = g.wides(g.T // g.S, model.num_heads, g.S)
+        return self._choose_kept(AttentionKept(q, k, k, Attended(q, lse)))
+
+    def _choose_kept(self, computed: AttentionKept) -> AttentionKept:
+        """What of a forward pass the stash keeps."""
+        recompute = self.geometry.config.run.recompute
+        if recompute is Recompute.NONE:
+            return computed
+        if recompute is Recompute.SELECTIVE:
+            return AttentionKept(attended=computed.attended)
+        return AttentionKept()
 
     def forward(self, params, bias_E, h_TD, origin, rank, segments_BS=None):
         """Returns (Message, AttentionStash, RoutingStats) for the combined input h.
@@ -100,7 +139,7 @@ class AttentionUnit:
         segments_BS: int32, numbers of the documents that attention stays in; None lets it cross.
         """
         g = self.geometry
-        out_TD, logits_TE = self._block(params, h_TD, segments_BS)
+        out_TD, logits_TE, computed = self._block(params, h_TD, segments_BS, AttentionKept())
         scores_TE = self._scores(logits_TE)
         with jax.named_scope("choose_experts"):
             ids_TK = choose_experts(scores_TE, bias_E, g.K)
@@ -117,7 +156,8 @@ class AttentionUnit:
             z_loss=z,
             rows_needed=rows_needed.astype(jnp.int32),
         )
-        return message, AttentionStash(h_TD, origin, dispatch), stats
+        stash = AttentionStash(h_TD, origin, dispatch, self._choose_kept(computed))
+        return message, stash, stats
 
     def backward(
         self, params, stash: AttentionStash, cotangent: Cotangent, rank, aux_scales,
@@ -130,7 +170,7 @@ class AttentionUnit:
         g = self.geometry
 
         def outputs(params, h_TD):
-            out_TD, logits_TE = self._block(params, h_TD, segments_BS)
+            out_TD, logits_TE, _ = self._block(params, h_TD, segments_BS, stash.kept)
             scores_TE = self._scores(logits_TE)
             gate_TK = self._gates(scores_TE, stash.dispatch.ids)
             message = make_message(g, out_TD, gate_TK, stash.dispatch, rank)
@@ -141,15 +181,16 @@ class AttentionUnit:
         _, vjp = jax.vjp(outputs, params, stash.h)
         return vjp((cotangent, jnp.ones((), g.wide_dtype)))
 
-    def _block(self, params, h_TD, segments_BS):
-        """Attention with its residual, and the router's logits."""
+    def _block(self, params, h_TD, segments_BS, kept: AttentionKept):
+        """Returns (attention with its residual, the router's logits, what could be kept)."""
         g = self.geometry
         layer = self.module.merge(params)
         with jax.named_scope("attention_block"):
             x_BSD = layer.attention_norm(h_TD).reshape(-1, g.S, g.D)
-            h_TD = h_TD + layer.attention(x_BSD, segments_BS).reshape(g.T, g.D)
+            y_BSD, computed = layer.attention.attend(x_BSD, segments_BS, kept=kept)
+            h_TD = h_TD + y_BSD.reshape(g.T, g.D)
         with jax.named_scope("router"):
-            return h_TD, layer.router(layer.post_norm(h_TD))
+            return h_TD, layer.router(layer.post_norm(h_TD)), computed
 
     def _scores(self, logits_TE):
         return router_scores(logits_TE, self.geometry.config.model.router_score.value)
@@ -194,7 +235,14 @@ class ExpertUnit:
         g = self.geometry
         n = g.M * g.C
         order = ExpertOrder(g.ints(g.P), g.ints(n, g.K + self.num_shared), g.ints(g.P // g.tile))
-        return ExpertStash(g.floats(n, g.D), g.wides(n, g.K), g.ints(n), order)
+        product = g.floats(g.P, g.config.model.expert_width)
+        products = self._choose_kept({"gate": product, "up": product})
+        return ExpertStash(g.floats(n, g.D), g.wides(n, g.K), g.ints(n), order, products)
+
+    def _choose_kept(self, products: dict) -> dict:
+        """What of the products the stash keeps."""
+        keeps = self.geometry.config.run.recompute is Recompute.NONE
+        return {name: products[name] for name in ("gate", "up")} if keeps else {}
 
     def forward(self, params, message: Message):
         """Returns (Message [M, C] of finished shares, ExpertStash, sorted rows needed)."""
@@ -215,8 +263,10 @@ class ExpertUnit:
             gate=message.gate.reshape(-1, g.K),
             residual=residual.astype(jnp.int32),
             order=order,
+            products={},
         )
-        y, _ = self._experts(params, stash.x, stash.gate, stash)
+        y, computed = self._experts(params, stash.x, stash.gate, stash)
+        stash = stash._replace(products=self._choose_kept(computed.outputs))
         return message._replace(x=y.reshape(message.x.shape)), stash, needed.astype(jnp.int32)
 
     def backward(self, params, stash: ExpertStash, dy):
@@ -235,11 +285,13 @@ class ExpertUnit:
                 {**params, POST_NORM: {"scale": scale}}, x_nD, gate_nK, stash, taps
             )
 
-        _, vjp, inputs = jax.vjp(outputs, scale, stash.x, stash.gate, taps, has_aux=True)
+        _, vjp, computed = jax.vjp(outputs, scale, stash.x, stash.gate, taps, has_aux=True)
         dscale, dx, dgate, doutputs = vjp(dy.reshape(-1, g.D))
         num_experts = g.places.per_worker + self.num_shared
         experts = {
-            name: WeightGradient(inputs[name], doutputs[name], stash.order.tile_expert, num_experts)
+            name: WeightGradient(
+                computed.inputs[name], doutputs[name], stash.order.tile_expert, num_experts
+            )
             for name in taps
         }
         dparams = {EXPERTS: experts, POST_NORM: {"scale": dscale}}
@@ -253,22 +305,36 @@ class ExpertUnit:
         return jnp.concatenate([expert_id_nK, shared_id], axis=1)
 
     def _experts(self, params, x_nD, gate_nK, stash: ExpertStash, taps=None):
-        """Returns (outputs [n, D], inputs of each weight's product by name).
+        """Returns (outputs [n, D], the _Products).
 
         taps: differentiable stand-ins for the products' outputs, by name.
         """
-        inputs = {}
+        computed = _Products({}, {})
 
         def multiply(name, rows):
-            inputs[name] = rows
             weights = GroupWeights.of(params[EXPERTS][name])
-            product = multiply_by_group(rows, weights, stash.order.tile_expert)
+
+            def product_of(rows):
+                return multiply_by_group(rows, weights, stash.order.tile_expert)
+
+            if name in stash.products:
+                product = recalled(product_of, stash.products[name], rows)
+            else:
+                product = product_of(rows)
+            computed.inputs[name], computed.outputs[name] = rows, product
             return product if taps is None else _tap(product, taps[name])
 
         normed_nD = rms_norm(x_nD, params[POST_NORM]["scale"], self.geometry.config.model.norm_eps)
         gate = jnp.pad(gate_nK, ((0, 0), (0, self.num_shared)), constant_values=1)
         y_nD = apply_experts(multiply, normed_nD, gate, stash.order)
-        return y_nD + jnp.where(stash.residual[:, None] > 0, x_nD, 0), inputs
+        return y_nD + jnp.where(stash.residual[:, None] > 0, x_nD, 0), computed
+
+
+class _Products(NamedTuple):
+    """Inputs and outputs of the products with each weight, by its name."""
+
+    inputs: dict[str, jax.Array]
+    outputs: dict[str, jax.Array]
 
 
 @jax.custom_vjp

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from disag_jax.config import PlacementKind, RouterScore, SplitConfig
+from disag_jax.config import PlacementKind, Recompute, RouterScore, SplitConfig
 from tests import reference, support
 
 TOLERANCE = 1e-10
@@ -90,6 +90,15 @@ MODELS = {
 def test_every_kind_of_model_equals_the_oracle(name):
     metrics = check_against_oracle(support.small_config(split(1, 2, 3), 2, **MODELS[name]))
     assert (metrics["dropped_pairs"].sum() > 0) == ("dropping" in name)
+
+
+@pytest.mark.parametrize("recompute", [Recompute.FULL, Recompute.NONE])
+@pytest.mark.parametrize("placement", PlacementKind)
+def test_whatever_is_recomputed_equals_the_oracle(recompute, placement):
+    workers = (2, 1) if placement is PlacementKind.COLOCATED else (1, 2)
+    config = support.small_config(split(1, *workers, placement=placement), 2)
+    config.run.recompute = recompute
+    check_against_oracle(config)
 
 
 def together(stages, workers, sharing, **more):

@@ -14,7 +14,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layers import attention, head, permute, router
+from layers import attention, head, permute, recall, router
 from layers.norm import RMSNorm, rms_norm
 
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
@@ -108,7 +108,9 @@ def test_rope_in_bfloat16_counts_past_256():
     np.testing.assert_array_equal(actual, expected)
 
 
-CAUSAL_ATTENTION = jax.jit(attention.causal_attention, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=3)
+def CAUSAL_ATTENTION(*args):
+    return attention.causal_attention(*args).out
 
 
 def attention_of_one_head(q_SA, k_SA, v_SA):
@@ -136,6 +138,45 @@ def test_causal_attention_within_segments_is_that_of_each_alone():
     actual = CAUSAL_ATTENTION(q, k, v, kernel, np.array([[3, 3, 5, 5, 5]]))
     for part in (np.s_[:, :2], np.s_[:, 2:]):
         assert_close(actual[part], CAUSAL_ATTENTION(q[part], k[part], v[part], kernel))
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("segments", [None, [[3, 3, 5, 5, 5]] * 2])
+def test_gradients_of_attention_are_those_of_its_formula(groups, segments):
+    qkv = normal(2, 5, 4, 6), normal(2, 5, groups, 6, seed=1), normal(2, 5, groups, 6, seed=2)
+    kernel, dout = attention.AttentionKernel.EINSUM, normal(2, 5, 4, 6, seed=3)
+    sees = np.tril(np.ones((2, 5, 5), bool))
+    if segments:
+        segments = np.array(segments)
+        sees &= segments[:, :, None] == segments[:, None, :]
+
+    def formula(q, k, v):
+        k, v = (jnp.repeat(x, 4 // groups, axis=2) for x in (k, v))
+        scores = jnp.einsum("bsha,btha->bhst", q, k) / math.sqrt(6)
+        weights = jax.nn.softmax(jnp.where(sees[:, None], scores, -jnp.inf))
+        return jnp.einsum("bhst,btha->bsha", weights, v)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(function, *kept):
+        return jax.vjp(lambda *qkv: function(*qkv, *kept), *qkv)[1](dout)
+
+    def ours(q, k, v, *kept):
+        return attention.causal_attention(q, k, v, kernel, segments, *kept).out
+
+    expected = gradients(formula)
+    assert_trees_close(gradients(ours), expected)
+    kept = attention.causal_attention(*qkv, kernel, segments)
+    assert_trees_close(gradients(ours, kept), expected)
+    assert_close(ours(*qkv, attention.Attended(2 * kept.out, kept.lse)), 2 * kept.out)
+
+
+def test_what_is_kept_is_taken_and_its_gradient_computed():
+    function = lambda x, w: jnp.tanh(x @ w)  # noqa: E731
+    x, w, cotangent = normal(3, 4), normal(4, 2, seed=1), normal(3, 2, seed=2)
+    value, vjp = jax.vjp(function, x, w)
+    again, recalled_vjp = jax.vjp(lambda x, w: recall.recalled(function, 2 * value, x, w), x, w)
+    assert_close(again, 2 * value)
+    assert_trees_close(recalled_vjp(cotangent), vjp(cotangent))
 
 
 def test_attention_module_is_projections_around_a_loop_over_heads():

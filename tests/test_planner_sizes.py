@@ -1,11 +1,12 @@
 """Sizes by arithmetic against those that the program's own classes allocate."""
 
 import dataclasses
+import itertools
 
 import jax
 import pytest
 
-from disag_jax.config import Dtype, PlacementKind, SplitConfig
+from disag_jax.config import Dtype, PlacementKind, Recompute, SplitConfig
 from disag_jax.dispatch import cotangent_template, message_template
 from disag_jax.geometry import buckets, make_geometry
 from disag_jax.model import init_vocabulary
@@ -27,10 +28,10 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("dtype", Dtype)
-@pytest.mark.parametrize("split", SPLITS)
-def test_sizes_are_the_programs(split, dtype):
+@pytest.mark.parametrize("split, recompute", list(zip(SPLITS, itertools.cycle(Recompute))))
+def test_sizes_are_the_programs(split, recompute, dtype):
     config = support.small_config(SPLITS[split], num_shared_experts=1, num_experts=6, top_k=3)
-    config.run = dataclasses.replace(config.run, compute_dtype=dtype)
+    config.run = dataclasses.replace(config.run, compute_dtype=dtype, recompute=recompute)
     for bucket in buckets(config, TILE):
         geometry = dataclasses.replace(make_geometry(config, bucket), tile=TILE)
         sizes = Sizes(config, bucket, 1.0)

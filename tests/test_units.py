@@ -4,6 +4,7 @@ The formulas are taken at given choices of experts, so they can be asked for cho
 would make.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from disag_jax.config import SplitConfig
+from disag_jax.config import Recompute, SplitConfig
 from disag_jax.dispatch import Cotangent, Message, plan_dispatch
 from disag_jax.geometry import make_geometry
 from disag_jax.model import POST_NORM
@@ -341,6 +342,34 @@ def expert_arguments():
     message = random_message(seed=0)
     stash = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), unit.stash_template())
     return unit, (params, message), (params, stash, message.x)
+
+
+def backward_flops(recompute) -> list[float]:
+    """Of the compiled backward units, by the compiler's count."""
+    config = dataclasses.replace(
+        GEOMETRY.config, run=dataclasses.replace(GEOMETRY.config.run, recompute=recompute)
+    )
+    geometry, counts = make_geometry(config), []
+    for unit in (AttentionUnit(geometry), ExpertUnit(geometry)):
+        params, stash = unit.module.params, unit.stash_template()
+        if isinstance(unit, AttentionUnit):
+            cotangent = Cotangent(
+                geometry.floats(geometry.R, geometry.C, geometry.D),
+                geometry.wides(geometry.R, geometry.C, geometry.K),
+            )
+            arguments = (params, stash, cotangent, geometry.ints(), geometry.wides(2))
+        else:
+            scale = {"scale": geometry.floats(geometry.D)}
+            arguments = ({**params, POST_NORM: scale}, stash, stash.x)
+        compiled = jax.jit(unit.backward).lower(*arguments).compile()
+        counts.append(compiled.cost_analysis()["flops"])
+    return counts
+
+
+def test_less_is_computed_again_where_more_is_kept():
+    full, selective, none = (backward_flops(recompute) for recompute in Recompute)
+    assert full[0] > selective[0] > none[0]
+    assert full[1] == selective[1] > none[1]
 
 
 @pytest.mark.parametrize("arguments", [attention_arguments, expert_arguments])

@@ -6,7 +6,7 @@ program's own classes would trace the model once per split.
 
 import dataclasses
 
-from disag_jax.config import Config, Dtype, ModelConfig
+from disag_jax.config import Config, Dtype, ModelConfig, Recompute
 from disag_jax.geometry import Bucket, buckets, expected_load, placement_of
 from disag_jax.stash import BLOCK_WORDS
 from mesh.placement import ExpertPlaces, Placement
@@ -122,23 +122,55 @@ class Sizes:
 
     @property
     def stash_entry_bytes(self) -> dict[Role, int]:
-        """One stash slot of each role."""
-        config, model = self.config, self.config.model
-        tokens, choices = config.batch.tokens_per_worker, model.top_k
-        slot_rows = self.placement.rounds * self.bucket.rows
+        """One stash slot of each role: its leaves, each in whole blocks."""
+        model, ints, placement = self.config.model, self._int_bytes, self.placement
+        tokens, choices = self.config.batch.tokens_per_worker, model.top_k
+        slot_rows, sorted_rows = placement.rounds * self.bucket.rows, self.bucket.sorted_rows
+        hidden = model.d_model * self.item_bytes
         # Choices, what capacity kept, origins and positions; disaggregated also origins received.
-        origins = slot_rows * (1 if config.split.colocated else 2)
-        attention_ints = 2 * tokens * choices + origins + tokens * config.fanout
-        sorted_rows = self.bucket.sorted_rows
-        order = sorted_rows + self.rows * (choices + model.num_shared_experts) + sorted_rows // TILE
-        entries = {
-            Role.ATTENTION: tokens * model.d_model * self.item_bytes
-            + attention_ints * self._int_bytes,
-            Role.EXPERT: self.rows * (model.d_model * self.item_bytes + choices * self.wide_bytes)
-            + (self.rows + order) * self._int_bytes,
-        }
+        attention = [
+            tokens * hidden,
+            *[tokens * choices * ints] * 2,
+            tokens * self.config.fanout * ints,
+        ]
+        attention += [slot_rows * ints] * (1 if self.config.split.colocated else 2)
+        expert = [self.rows * hidden, self.rows * choices * self.wide_bytes, self.rows * ints]
+        expert += [
+            sorted_rows * ints, self.rows * (choices + model.num_shared_experts) * ints,
+            sorted_rows // TILE * ints,
+        ]  # fmt: skip
         block = BLOCK_WORDS * self.item_bytes
-        return {role: -(-size // block) * block for role, size in entries.items()}
+        return {
+            role: sum(-(-size // block) * block for size in leaves)
+            for role, leaves in (
+                (Role.ATTENTION, attention + self.attention_kept_bytes),
+                (Role.EXPERT, expert + self.expert_kept_bytes),
+            )
+        }
+
+    @property
+    def attention_kept_bytes(self) -> list[int]:
+        """Arrays that an attention unit keeps for its backward unit, by `run.recompute`."""
+        model, recompute = self.config.model, self.config.run.recompute
+        tokens = self.config.batch.tokens_per_worker
+        queries, keys = (
+            tokens * heads * model.head_dim * self.item_bytes
+            for heads in (model.num_heads, model.num_kv_heads)
+        )
+        attended = [queries, tokens * model.num_heads * self.wide_bytes]
+        projected = [queries, keys, keys]
+        return {
+            Recompute.FULL: [],
+            Recompute.SELECTIVE: attended,
+            Recompute.NONE: projected + attended,
+        }[recompute]
+
+    @property
+    def expert_kept_bytes(self) -> list[int]:
+        """Arrays that an expert unit keeps for its backward unit, by `run.recompute`."""
+        if self.config.run.recompute is not Recompute.NONE:
+            return []
+        return [self.bucket.sorted_rows * self.config.model.expert_width * self.item_bytes] * 2
 
 
 def attention_parameters(model: ModelConfig) -> int:
