@@ -247,12 +247,8 @@ def _call(kernel, operands, out=None, *, in_place=None):
     It writes a new array like `out`, or changes the array `in_place`, its last operand.
     """
 
-    def scoped(*refs):
-        return kernel(*refs)
-        pl.run_scoped(functools.partial(kernel, *refs), collective_axes="wg")
-
     function = pl.kernel(
-        scoped,
+        kernel,
         mesh=plgpu.Mesh(
             grid=(jax.devices()[0].core_count,), grid_names=("sm",), num_threads=3, thread_name="wg"
         ),
