@@ -147,6 +147,7 @@ def test_waves_that_repeat_can_be_left_out(size, rounds, seed):
     short = simulator.simulate(timing, *size[:4], **options)
     full = simulator.simulate(timing, *size[:4], **options, shorten=False)
     assert short.seconds == pytest.approx(full.seconds, rel=1e-12)
+    assert simulator.lower_bound(timing, *size) <= full.seconds * (1 + 1e-12)
 
 
 @settings(max_examples=40)

@@ -2,9 +2,10 @@
 
 import copy
 import dataclasses
+import math
 
 from disag_jax.config import Config, PlacementKind
-from disag_jax.planner.hardware import Hardware, Link
+from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.search import Fixed, Found, search
 
 LENGTHS = (2, 4, 8)
@@ -35,8 +36,9 @@ class Advice:
         if self.changes:
             return f"{text}; that would turn around with {' or '.join(self.changes)}"
         return (
-            f"{text}; neither sequences up to {LENGTHS[-1]} times as long or short nor links up to "
-            f"{RATES[-1]} times as fast or slow would turn that around"
+            f"{text}; with the other's stages and replicas, neither sequences up to {LENGTHS[-1]} "
+            f"times as long or short nor links up to {RATES[-1]} times as fast or slow would turn "
+            "that around"
         )
 
 
@@ -49,7 +51,8 @@ def advise(
 ) -> Advice:
     """Compares the best of both placements, and tries what would reverse the order.
 
-    The changes are tried with as many stages and replicas as each placement's best has now.
+    The slower placement is tried with as many stages and replicas as its best has now, the faster
+    one with any: a change that is named does turn the order around.
     """
     ranked = sorted((one for one in found.values() if one), key=lambda one: one.seconds_per_token)
     first = ranked[0].config.split.placement
@@ -57,22 +60,33 @@ def advise(
         return Advice(first, None, [])
     advantage = ranked[1].seconds_per_token / ranked[0].seconds_per_token
 
-    def turns(changed_config: Config, changed_hardware: Hardware) -> bool:
-        times = {}
-        for one in ranked:
-            split = one.config.split
-            fixed = Fixed(replicas=split.replicas, stages=split.stages)
-            best = search(
-                changed_config, changed_hardware, num_devices, split.placement, fixed, load_factor
-            )
-            times[split.placement] = best.seconds_per_token if best else float("inf")
-        return times[first] > min(times.values())
+    first_found, second_found = ranked
+
+    def seconds(found: Found, changed_config, changed_hardware, *, free: bool) -> float:
+        split = found.config.split
+        fixed = None if free else Fixed(replicas=split.replicas, stages=split.stages)
+        best = search(
+            changed_config, changed_hardware, num_devices, split.placement, fixed, load_factor
+        )
+        return best.seconds_per_token if best else math.inf
+
+    def outcome(*changed) -> str | None:
+        """None if the order stays; else why, where it is not speed."""
+        other = seconds(second_found, *changed, free=False)
+        if seconds(first_found, *changed, free=False) <= other:
+            return None
+        # The faster one may now want other stages.
+        own = seconds(first_found, *changed, free=True)
+        if own <= other:
+            return None
+        return "" if own < math.inf else ", where it no longer fits the memory"
 
     changes = []
     for attempts in _attempts(config, hardware, num_devices):
         for words, changed_config, changed_hardware in attempts:
-            if turns(changed_config, changed_hardware):
-                changes.append(words)
+            reason = outcome(changed_config, changed_hardware)
+            if reason is not None:
+                changes.append(words + reason)
                 break
     return Advice(first, advantage, changes)
 
@@ -100,19 +114,7 @@ def _attempts(config: Config, hardware: Hardware, num_devices: int):
             (
                 f"{name.replace('_', '-')} links {max(factor, 1 / factor):g} times {word}",
                 config,
-                dataclasses.replace(hardware, **{name: _scaled(getattr(hardware, name), factor)}),
+                dataclasses.replace(hardware, **{name: getattr(hardware, name).scaled(factor)}),
             )
             for factor in factors
         ]
-
-
-def _scaled(link: Link, factor: float) -> Link:
-    transfers = {field.name: getattr(link, field.name) for field in dataclasses.fields(link)}
-    return Link(
-        **{
-            name: dataclasses.replace(
-                transfer, gigabytes_per_second=factor * transfer.gigabytes_per_second
-            )
-            for name, transfer in transfers.items()
-        }
-    )

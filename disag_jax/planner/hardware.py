@@ -56,6 +56,16 @@ class Link:
     all_to_all: Transfer
     all_reduce: Transfer
 
+    def scaled(self, factor: float) -> "Link":
+        """The link with `factor` times the rates."""
+        transfers = (self.many_to_many, self.all_to_all, self.all_reduce)
+        return Link(
+            *(
+                dataclasses.replace(one, gigabytes_per_second=factor * one.gigabytes_per_second)
+                for one in transfers
+            )
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class UnitFit:

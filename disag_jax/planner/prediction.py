@@ -11,7 +11,7 @@ from disag_jax.geometry import expected_load, placement_of
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.memory_model import Memory, missing_bytes, predict_memory
-from disag_jax.planner.simulator import Run, Timing, simulate
+from disag_jax.planner.simulator import Run, Timing, lower_bound, simulate
 from disag_jax.planner.sizes import Sizes
 
 
@@ -120,23 +120,14 @@ def total_seconds(costs: Costs, run: Run) -> float:
     return run.seconds + sum(costs.outside_loop.values())
 
 
-def lower_bound(costs: Costs) -> float:
-    """Seconds that no step of these units can undercut: the slower role's work, without waiting.
-
-    A role has K v forward and backward units on its stages with v layers, and K losses.
-    """
-    config, units = costs.config, costs.units
-    attention, expert = (
-        units[f"{role}_forward"] + units[f"{role}_backward"] for role in ("attention", "expert")
-    )
-    if config.split.colocated:
-        exchanges = 2 * (costs.forward_exchange + costs.backward_exchange)
-        layer = attention + expert + exchanges
-    else:
-        layer = max(attention, expert)
-    loss = units["loss"] + costs.loss_transfer
-    work = config.batch.micro_batches * (config.layers_per_stage * layer + loss)
-    return work + sum(costs.outside_loop.values())
+def least_seconds(costs: Costs) -> float:
+    """Seconds that no step of these units can undercut, without a simulation."""
+    config, split = costs.config, costs.config.split
+    loop = lower_bound(
+        timing_of(costs), config.model.num_layers, split.stages, config.batch.micro_batches,
+        split.hop, split.colocated,
+    )  # fmt: skip
+    return loop + sum(costs.outside_loop.values())
 
 
 def expected_load_factor(config: Config) -> float:

@@ -1,8 +1,8 @@
 """Finds the fastest split of a number of devices that fits their memory.
 
-Every split is bounded from below by the work of its slower role, which takes no simulation. In the
-order of these bounds splits are simulated, until no bound is under the best simulated step: what is
-found is the best of all that `candidates` lists. Nothing is drawn at random.
+Every split is bounded from below by the work and the transfers of its slower role, which takes no
+simulation. In the order of these bounds splits are simulated, until no bound is under the best
+simulated step: what is found is the best of all that `candidates` lists, and always the same.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.memory_model import missing_bytes, missing_in_words, predict_memory
 from disag_jax.planner.prediction import (
     expected_load_factor,
-    lower_bound,
+    least_seconds,
     simulate_step,
     total_seconds,
 )
@@ -119,7 +119,7 @@ def search(
         if missing_bytes(predict_memory(sizes), hardware):
             continue
         costs = Costs(sizes, hardware)
-        bounded.append((lower_bound(costs) / candidate.tokens_per_step, order, costs))
+        bounded.append((least_seconds(costs) / candidate.tokens_per_step, order, costs))
         order += 1
     best, num_simulated = None, 0
     for bound, _, costs in sorted(bounded, key=lambda item: item[:2]):

@@ -125,15 +125,61 @@ def make_table(
             backward[start + 2 * loss_distance - place, column] = True
     loss = np.zeros(num_periods, bool)
     loss[start + loss_distance] = True
-    steady = int(start[0]) + loss_distance
-    end_forward = int(np.flatnonzero(forward.any(axis=1))[-1]) + 1
+    segments = segments_of(num_layers, stages, micro_batches, hop, colocated)
+    return Table(forward, backward, loss, segments, hop)
+
+
+def segments_of(
+    num_layers: int, stages: int, micro_batches: int, hop: int, colocated: bool
+) -> tuple[Segment, ...]:
+    """`Schedule.segments`, without a table."""
+    unit_distances = (0, hop) if colocated else (hop, hop)
+    distance = sum(unit_distances)
+    wave, place = divmod(micro_batches - 1, distance * stages)
+    last_start = distance * -(-num_layers // stages) * stages * wave + place
+    steady = distance * num_layers
+    # One past the last expert unit of the last micro-batch.
+    end_forward = last_start + distance * (num_layers - 1) + unit_distances[0] + 1
     cool_down = max(steady, end_forward)
-    segments = [
+    segments = (
         Segment(0, steady, has_forward=True, has_backward=False),
         Segment(steady, cool_down, has_forward=True, has_backward=True),
-        Segment(cool_down, num_periods, has_forward=False, has_backward=True),
-    ]
-    return Table(forward, backward, loss, tuple(s for s in segments if s.num_periods), hop)
+        Segment(cool_down, last_start + 2 * steady + 1, has_forward=False, has_backward=True),
+    )
+    return tuple(segment for segment in segments if segment.num_periods)
+
+
+def lower_bound(
+    timing: Timing, num_layers: int, stages: int, micro_batches: int, hop: int, colocated: bool
+) -> float:
+    """Seconds that no run can undercut, without running: the most of any class of workers.
+
+    A class's phases follow each other, and so do its transfers, which hide under at most the other
+    phase (hop 1) or the period (hop 2).
+    """
+    segments = segments_of(num_layers, stages, micro_batches, hop, colocated)
+    forwards = sum(s.num_periods for s in segments if s.has_forward)
+    backwards = sum(s.num_periods for s in segments if s.has_backward)
+    num_classes = len(timing.forward)
+    layers = [len(range(stage, num_layers, stages)) for stage in range(stages)]
+    units = micro_batches * np.repeat(layers, num_classes // stages)
+    if hop == 1:
+        # A forward phase hides the backward transfer, and the other way round; without a unit a
+        # phase is as long as what it hides, or as its exchanges.
+        least_f = np.maximum(timing.idle_forward, timing.backward_transfer)
+        least_b = np.maximum(timing.idle_backward, timing.forward_transfer)
+        steady = sum(s.num_periods for s in segments if s.has_forward and s.has_backward)
+        seconds = steady * (least_f + least_b)
+        seconds += (forwards - steady) * (timing.idle_forward + timing.forward_transfer)
+        seconds += (backwards - steady) * (timing.idle_backward + timing.backward_transfer)
+        seconds += units * np.maximum(timing.forward - least_f, 0)
+        seconds += units * np.maximum(timing.backward - least_b, 0)
+    else:
+        work = units * (timing.forward + timing.backward)
+        periods = segments[-1].end
+        moves = periods * timing.forward_transfer + backwards * timing.backward_transfer
+        seconds = np.maximum(work, moves)
+    return float(seconds.max()) + micro_batches * timing.loss
 
 
 def stash_slots(num_layers: int, stages: int, micro_batches: int, hop: int, colocated: bool):

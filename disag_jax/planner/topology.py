@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from disag_jax.errors import ConfigError
-from disag_jax.planner.hardware import Hardware, Link, Transfer
+from disag_jax.planner.hardware import Hardware, Link
 from mesh.placement import Placement
 
 
@@ -47,7 +47,7 @@ class StageLinks:
         near_stage = (stages[:, 0] == stages[:, -1]).all()
         group = min(placement.expert_workers, size)
         groups = stages[:, : size // group * group].reshape(-1, group)
-        same = min(int((row == row[0]).sum()) for row in groups)
+        same = int((groups == groups[:, :1]).sum(axis=1).min())
         return cls(
             pipeline=near if near_ring else far,
             stage=near if near_stage else far,
@@ -74,11 +74,4 @@ def per_device(hardware: Hardware) -> Link:
             f"hardware {hardware.name}: inter_node = None must be a link for more than "
             f"devices_per_node = {hardware.devices_per_node} devices"
         )
-    share = hardware.nics_per_node / hardware.devices_per_node
-
-    def scaled(transfer: Transfer) -> Transfer:
-        rate = share * transfer.gigabytes_per_second
-        return dataclasses.replace(transfer, gigabytes_per_second=rate)
-
-    link = hardware.inter_node
-    return Link(scaled(link.many_to_many), scaled(link.all_to_all), scaled(link.all_reduce))
+    return hardware.inter_node.scaled(hardware.nics_per_node / hardware.devices_per_node)

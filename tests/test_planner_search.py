@@ -1,0 +1,190 @@
+"""Search and plan: against exhaustive enumeration, deterministic, quick, clear about bad input."""
+
+import copy
+import dataclasses
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs import balanced, qwen3_235b
+from disag_jax import plan
+from disag_jax.config import PlacementKind
+from disag_jax.errors import ConfigError
+from disag_jax.planner import hardware, search
+from disag_jax.planner.advice import advise
+from disag_jax.planner.prediction import predict, step_seconds
+from disag_jax.planner.search import Fixed
+
+H100, H800 = hardware.load("h100"), hardware.load("h800")
+
+
+def small(micro_batches=8, sequence_length=1024, **model):
+    config = balanced.get_config()
+    for name, value in model.items():
+        setattr(config.model, name, value)
+    config.batch.sequence_length = sequence_length
+    config.batch.tokens_per_worker = 4 * sequence_length
+    config.batch.micro_batches = micro_batches
+    return config.validate()
+
+
+@settings(max_examples=15)
+@given(
+    st.sampled_from((2, 3, 4, 6, 8, 12)),
+    st.sampled_from((4, 8, 13)),
+    st.sampled_from(PlacementKind),
+    st.sampled_from((512, 2048)),
+    st.sampled_from((2, 8)),
+)
+def test_the_search_finds_what_trying_everything_finds(devices, micro_batches, kind, length, top_k):
+    config = small(micro_batches, length, top_k=top_k)
+    times = {
+        search.in_words(one): step_seconds(one, H100) / one.tokens_per_step
+        for one in search.candidates(config, devices, kind)
+        if predict(one, H100).fits
+    }
+    found = search.search(config, H100, devices, kind)
+    assert found.num_candidates == len(times)
+    assert found.seconds_per_token == pytest.approx(min(times.values()), rel=1e-12)
+    best = times[search.in_words(found.config)]
+    assert best == pytest.approx(min(times.values()), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", PlacementKind)
+def test_candidates_are_valid_complete_and_distinct(kind):
+    config = small()
+    found = list(search.candidates(config, 12, kind))
+    assert len({search.in_words(one) for one in found}) == len(found)
+    for one in found:
+        assert one.validate().split.num_devices == 12
+        assert abs(one.tokens_per_step / config.tokens_per_step - 1) <= search.TOKEN_TOLERANCE
+    by_hand = {
+        (12 // (p * g), p, m, n)
+        for g in range(1, 13) for p in range(1, 7) for m in range(1, 13) for n in range(1, 13)
+        if 12 % (p * g) == 0
+        and (m + n == g if kind is PlacementKind.DISAGGREGATED else m == g and m % n == 0)
+    }  # fmt: skip
+    splits = {search.split_key(one) for one in found}
+    # Steps that an odd number of workers cannot make within the tolerance are left out.
+    assert splits <= by_hand
+    assert {key for key in by_hand if key[0] * key[2] in (1, 2, 4, 8)} <= splits
+
+
+def test_fixed_parts_stay():
+    fixed = Fixed(stages=2, expert_workers=3, hop=2)
+    found = list(search.candidates(small(), 8, PlacementKind.DISAGGREGATED, fixed))
+    assert found
+    for one in found:
+        assert (one.split.stages, one.split.expert_workers, one.split.hop) == (2, 3, 2)
+
+
+def test_a_thousand_devices_take_seconds_and_the_answer_is_the_same_twice():
+    config = qwen3_235b.get_config()
+    config.batch.micro_batches = 1024
+    found, seconds = [], []
+    for _ in range(2):
+        began = time.perf_counter()
+        found.append(
+            search.search(config, hardware.load("h200"), 1024, PlacementKind.DISAGGREGATED)
+        )
+        seconds.append(time.perf_counter() - began)
+    assert found[0] == found[1]
+    assert min(seconds) < 8
+
+
+def test_every_split_that_fits_is_listed_with_its_best_micro_batch():
+    config = small()
+    listed = search.splits_that_fit(config, H100, 4, PlacementKind.DISAGGREGATED, stages=1)
+    keys = [search.split_key(found.config) for found in listed]
+    assert sorted(keys) == [(1, 1, 1, 3), (1, 1, 2, 2), (1, 1, 3, 1), (2, 1, 1, 1)]
+    times = [found.seconds_per_token for found in listed]
+    assert times == sorted(times)
+    best = search.search(config, H100, 4, PlacementKind.DISAGGREGATED, Fixed(stages=1))
+    assert times[0] == pytest.approx(best.seconds_per_token)
+
+
+def test_neighbours_differ_in_one_thing():
+    config = search.search(small(), H100, 8, PlacementKind.DISAGGREGATED).config
+    found = search.neighbours(config, 8)
+    assert found
+    here = search._coordinates(config)
+    for label, other in found:
+        there = search._coordinates(other)
+        changed = [name for name in here if here[name] != there[name]]
+        assert len(changed) == 1 and label.split(" ", 1)[1] == changed[0]
+
+
+def test_colocation_is_advised_for_short_sequences_on_one_node():
+    config = small(micro_batches=16, sequence_length=512, num_layers=8)
+    made = plan.make_plan(config, H100, 8)
+    assert made.advice.placement is PlacementKind.COLOCATED
+    assert made.advice.advantage > 1
+    assert made.advice.sentence.startswith("co-locate")
+
+
+def test_colocation_is_advised_for_shapes_too_lopsided_for_the_devices():
+    # Experts have ten times the arithmetic of attention: with two devices half of them must wait.
+    config = small(sequence_length=1024, top_k=16)
+    made = plan.make_plan(config, H100, 2)
+    assert made.advice.placement is PlacementKind.COLOCATED
+    assert made.advice.advantage > 1.3
+
+
+def test_advice_names_a_change_that_does_turn_it_around():
+    config = small(micro_batches=16, sequence_length=2048)
+    found = {kind: search.search(config, H100, 4, kind) for kind in PlacementKind}
+    advice = advise(config, H100, 4, found, None)
+    assert advice.placement is PlacementKind.COLOCATED
+    (factor,) = re.findall(r"intra-node links (\d) times slower", advice.sentence)
+    slow = dataclasses.replace(H100, intra_node=H100.intra_node.scaled(1 / int(factor)))
+    times = {kind: search.search(config, slow, 4, kind).seconds_per_token for kind in PlacementKind}
+    assert times[PlacementKind.DISAGGREGATED] < times[PlacementKind.COLOCATED]
+    only = advise(config, H100, 4, {**found, PlacementKind.COLOCATED: None}, None)
+    assert only.sentence == "disaggregate: the other placement fits on no split of these devices"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_devices=1), r"num_devices = 1 must be at least 2"),
+        (dict(num_devices=2, config="qwen"),
+         r"num_devices = 2 of h800 must hold qwen3_235b: .*worker .* GiB over"),
+        (dict(num_devices=8, fixed=Fixed(stages=3)),
+         r"num_devices = 8 must divide into replicas x stages x workers .* with stages = 3"),
+        (dict(num_devices=8, fixed=Fixed(stages=2, replicas=3)), r"with replicas = 3, stages = 2"),
+        (dict(num_devices=8, load_factor=0.5), r"load_factor = 0.5 must be at least 1"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(change, message):
+    options = dict(change)
+    config = qwen3_235b.get_config() if options.pop("config", None) else small()
+    with pytest.raises(ConfigError, match=message):
+        plan.make_plan(config, H800, **options)
+
+
+def test_the_command_prints_a_plan_and_refuses_in_one_sentence():
+    command = [sys.executable, "-m", "disag_jax.plan", "--config=configs/balanced.py"]
+    good = subprocess.run(
+        [*command, "--hardware=h100", "--num_devices=4"], capture_output=True, text=True
+    )
+    assert good.returncode == 0, good.stderr
+    for words in ("pick, ", "best ", "advice", "memory", "assumed", "tokens/s"):
+        assert words in good.stdout
+    bad = subprocess.run(
+        [*command, "--hardware=b300", "--num_devices=4"], capture_output=True, text=True
+    )
+    assert bad.returncode == 2 and bad.stdout == ""
+    assert bad.stderr.startswith("error: hardware = 'b300' must be one of a100, h100")
+    assert bad.stderr.count("\n") == 1
+
+
+def test_a_plan_does_not_change_its_config():
+    config = small()
+    before = copy.deepcopy(config)
+    plan.make_plan(config, H100, 4)
+    assert config == before
