@@ -11,6 +11,7 @@ import functools
 from disag_jax.config import Config
 from disag_jax.flops import FORWARD_AND_BACKWARD, attention_layer
 from disag_jax.planner.hardware import Hardware, Link
+from disag_jax.planner.roofline import expected_copies
 from disag_jax.planner.sizes import TILE, Sizes, expert_parameters
 from disag_jax.planner.topology import StageLinks
 from mesh.roles import Role
@@ -123,10 +124,16 @@ def loss_share(sizes: Sizes) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Seconds of the parts of a step of one config on some hardware."""
+    """Seconds of the parts of a step of one config on some hardware.
+
+    Attributes:
+      two_level: whether a many-to-many transfer sends a token to another node once and spreads it
+        there. The system sends it to each worker; this is to see what the other way would bring.
+    """
 
     sizes: Sizes
     hardware: Hardware
+    two_level: bool = False
 
     @property
     def config(self) -> Config:
@@ -157,11 +164,24 @@ class Costs:
         placement, config = self.sizes.placement, self.config
         if not placement.colocated:
             rounds = placement.rounds
-            return self.links.pipeline.many_to_many.seconds(rounds * slot_bytes, rounds)
+            seconds = self.links.pipeline.many_to_many.seconds(rounds * slot_bytes, rounds)
+            return min(seconds, self._two_levels(slot_bytes)) if self.two_level else seconds
         if placement.stages == 1:
             return 0.0
         hidden = config.batch.tokens_per_worker * config.model.d_model * self.sizes.item_bytes
         return self.links.pipeline.many_to_many.seconds(hidden)
+
+    def _two_levels(self, slot_bytes: float) -> float:
+        """Copies to nodes over the network, and from there to workers, one after the other."""
+        model, placement = self.config.model, self.sizes.placement
+        workers = placement.expert_workers
+        nodes = -(-workers // self.hardware.devices_per_node)
+        share = expected_copies(model.num_experts, model.top_k, nodes) / expected_copies(
+            model.num_experts, model.top_k, workers
+        )
+        num_bytes, rounds = placement.rounds * slot_bytes, placement.rounds
+        far = self.links.pipeline.many_to_many.seconds(share * num_bytes, rounds)
+        return far + self.hardware.intra_node.many_to_many.seconds(num_bytes, rounds)
 
     @property
     def forward_exchange(self) -> float:
