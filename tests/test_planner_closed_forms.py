@@ -77,5 +77,5 @@ def test_our_own_table_run_forward_takes_what_megascale_infer_says(equal, share,
     unit, none = np.full(2, equal), np.zeros(2)
     timing = Timing(unit, unit, none, none, transfer, transfer, 1, 0.0, True)
     formula = megascale_infer_seconds(equal, equal, transfer, m, num_layers)
-    # A message waits for the period to end: what ends the formula's 2 T_c is one whole T_f.
-    assert execute(forward, timing).seconds == pytest.approx(formula + equal - 2 * transfer)
+    # The table ends with the last unit, the formula with its message's way back.
+    assert execute(forward, timing).seconds == pytest.approx(formula - transfer)
