@@ -15,6 +15,7 @@ import rich.table
 from disag_jax.config import Config, PlacementKind
 from disag_jax.errors import ConfigError
 from disag_jax.memory import in_words as bytes_in_words
+from disag_jax.planner import pictures
 from disag_jax.planner import search as search_lib
 from disag_jax.planner.advice import Advice, advise
 from disag_jax.planner.hardware import Hardware, load
@@ -134,12 +135,25 @@ def report(plan: Plan) -> str:
 
 
 def main(
-    config: Config, hardware_name: str, num_devices: int, fixed: Fixed, load_factor: float | None
+    config: Config,
+    hardware_name: str,
+    num_devices: int,
+    fixed: Fixed,
+    load_factor: float | None = None,
+    timeline: str | None = None,
+    plot: str | None = None,
 ) -> Plan:
-    """Prints a plan."""
+    """Prints a plan; writes the pick's timeline and page where they are wanted."""
+    for flag, path in (("timeline", timeline), ("plot", plot)):
+        if path:
+            pictures.check_writable(path, flag)
     plan = make_plan(config, load(hardware_name), num_devices, fixed, load_factor)
     rich.console.Console(width=140).print(table(plan))
     print(report(plan))
+    if timeline:
+        pictures.write_timeline(plan.best, timeline)
+    if plot:
+        pictures.write_page(plan.best, plot)
     return plan
 
 
@@ -161,10 +175,15 @@ if __name__ == "__main__":
             "tokens_per_worker",
         )
     }  # fmt: skip
+    _TIMELINE = flags.DEFINE_string("timeline", None, "JSON file for Perfetto to write")
+    _PLOT = flags.DEFINE_string("plot", None, "PNG file to draw")
     flags.mark_flags_as_required(["config", "hardware", "num_devices"])
 
     def _run():
         fixed = Fixed(**{name: flag.value for name, flag in _FIXED.items()})
-        main(_CONFIG.value, _HARDWARE.value, _NUM_DEVICES.value, fixed, _LOAD_FACTOR.value)
+        main(
+            _CONFIG.value, _HARDWARE.value, _NUM_DEVICES.value, fixed, _LOAD_FACTOR.value,
+            _TIMELINE.value, _PLOT.value,
+        )  # fmt: skip
 
     cli.run(_run)

@@ -1,0 +1,76 @@
+"""Pictures of a plan: what they show is the simulated step, and nothing is written on bad input."""
+
+import collections
+import itertools
+import json
+
+import pytest
+
+from configs import balanced
+from disag_jax import plan
+from disag_jax.config import PlacementKind, SplitConfig
+from disag_jax.errors import ConfigError
+from disag_jax.planner import hardware, pictures
+from disag_jax.planner.prediction import predict
+from disag_jax.planner.search import Fixed
+
+SPLITS = {
+    "disaggregated": SplitConfig(stages=2, attention_workers=1, expert_workers=2),
+    "colocated": SplitConfig(
+        stages=2, attention_workers=2, expert_workers=2, placement=PlacementKind.COLOCATED
+    ),
+}
+
+
+@pytest.fixture(params=SPLITS)
+def prediction(request):
+    config = balanced.get_config()
+    config.split, config.batch.micro_batches = SPLITS[request.param], 30
+    return predict(config.validate(), hardware.load("h100"))
+
+
+def test_spans_are_the_step(prediction):
+    found = pictures.spans(prediction)
+    tracks = collections.defaultdict(list)
+    for span in found:
+        tracks[span.stage, span.role].append(span)
+    assert len(tracks) == len(prediction.workers)
+    config, split = prediction.config, prediction.config.split
+    for (_, _), spans in tracks.items():
+        counts = collections.Counter(span.kind for span in spans)
+        layers = config.model.num_layers // split.stages
+        assert counts["forward"] == counts["backward"] == layers * config.batch.micro_batches
+        assert counts["loss"] == config.batch.micro_batches
+        spans.sort(key=lambda span: span.begin)
+        for before, after in itertools.pairwise(spans):
+            assert before.end <= after.begin + 1e-9
+    # The run that the prediction made leaves waves out, the pictures do not.
+    last = max(span.end for span in found)
+    assert last == pytest.approx(prediction.run.seconds)
+
+
+def test_timeline_is_a_trace(prediction, tmp_path):
+    path = tmp_path / "timeline.json"
+    pictures.write_timeline(prediction, str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {event["ph"] for event in events} == {"X", "M"}
+    assert sum(event["ph"] == "X" for event in events) == len(pictures.spans(prediction))
+    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+def test_page_is_drawn(prediction, tmp_path):
+    path = tmp_path / "plan.png"
+    pictures.write_page(prediction, str(path))
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
+
+
+def test_bad_paths_are_refused_before_anything_is_written(tmp_path, capsys):
+    config, good = balanced.get_config(), tmp_path / "good.json"
+    with pytest.raises(ConfigError, match=r"--plot = .* must be in a directory that exists"):
+        plan.main(config, "h100", 2, Fixed(), None, str(good), str(tmp_path / "none" / "x.png"))
+    with pytest.raises(ConfigError, match="num_devices = 1"):
+        plan.main(config, "h100", 1, Fixed(), None, str(good))
+    assert not good.exists() and capsys.readouterr().out == ""
+    prediction = predict(config, hardware.load("h100"))
+    with pytest.raises(ConfigError, match=r"--plot = .* must be writable"):
+        pictures.write_page(prediction, str(tmp_path / "page.unknown"))
