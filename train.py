@@ -8,6 +8,8 @@ Flags choose how to run; the config says what to train: `--config.model.num_laye
 from absl import flags
 
 from disag_jax import cli
+from disag_jax.errors import ConfigError
+from disag_jax.planner.hardware import load
 from mesh import runtime
 
 CONFIG = cli.define_config_flag()
@@ -31,6 +33,15 @@ CPU_DEVICES = flags.DEFINE_integer(
 DETERMINISTIC = flags.DEFINE_bool(
     "deterministic", False, "bitwise equal results of equal runs on GPUs too, at some speed"
 )
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "compile the program for simulated devices and say whether it would fit"
+)
+HARDWARE = flags.DEFINE_string(
+    "hardware",
+    None,
+    "what --dry_run and split.placement=auto plan for: a name, or a file of disag_jax.profile; "
+    "default: the devices here",
+)
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0, for several processes without SLURM or MPI"
 )
@@ -39,6 +50,11 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, fr
 
 
 def main():
+    if DRY_RUN.value:
+        _dry_run()
+        return
+    if WORKDIR.value is None:
+        raise ConfigError("--workdir = None must be a directory for metrics and checkpoints")
     runtime.start(CPU_DEVICES.value, deterministic=DETERMINISTIC.value)
     # JAX reads its environment when it starts: import what uses it only now.
     from disag_jax import processes, profiling, training
@@ -53,9 +69,20 @@ def main():
         resume=resume,
         step=step,
         profile_steps=profiling.parse_steps(PROFILE_STEPS.value, CONFIG.value.run.num_steps),
+        hardware=HARDWARE.value,
     )
 
 
+def _dry_run():
+    if HARDWARE.value is None:
+        raise ConfigError("--hardware = None must be given with --dry_run")
+    hardware = load(HARDWARE.value)
+    runtime.start(CONFIG.value.validate().split.num_devices)
+    from disag_jax import dry_run
+
+    dry_run.main(CONFIG.value, hardware)
+
+
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     cli.run(main)

@@ -25,6 +25,8 @@ class PlacementKind(enum.StrEnum):
 
     DISAGGREGATED = "disaggregated"
     COLOCATED = "colocated"
+    # Of train.py alone: the planner chooses one of the others, and the whole split with it.
+    AUTO = "auto"
 
 
 class Recompute(enum.StrEnum):
@@ -105,7 +107,8 @@ class SplitConfig:
       hop: periods from a message's making to its use (1, or 2 for slower networks).
       bucket_factors: row capacities of the transport, as multiples of the expected load. The worst
         case always follows the last one. A step that overflows a bucket is run again in the next.
-      placement: attention and experts on devices of their own, or (the twin) both on each device.
+      placement: attention and experts on devices of their own, or (the twin) both on each device;
+        auto has the planner choose the split for the devices at start-up.
     """
 
     replicas: int = 1
@@ -255,6 +258,12 @@ class Config:
         """Returns itself, or raises ConfigError for the first broken rule."""
         self._check_types()
         self._check_ranges()
+        _require(
+            self.split.placement is not PlacementKind.AUTO,
+            "split.placement",
+            self.split.placement.value,
+            "disaggregated or colocated here: only train.py chooses one (disag_jax.plan shows it)",
+        )
         model, batch, split, optimizer = self.model, self.batch, self.split, self.optimizer
         _require(
             model.top_k <= model.num_experts,

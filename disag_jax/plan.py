@@ -12,7 +12,7 @@ import dataclasses
 import rich.console
 import rich.table
 
-from disag_jax.config import Config, PlacementKind
+from disag_jax.config import Config
 from disag_jax.errors import ConfigError
 from disag_jax.memory import in_words as bytes_in_words
 from disag_jax.planner import pictures
@@ -46,7 +46,7 @@ def make_plan(
     load_factor: float | None = None,
 ) -> Plan:
     """Plans a config on `num_devices`; ConfigError if no split can be had."""
-    config.validate()
+    config = search_lib.without_auto(config)
     fixed = fixed or Fixed()
     if num_devices < 2:
         raise ConfigError(
@@ -59,7 +59,7 @@ def make_plan(
         )
     found = {
         placement: search_lib.search(config, hardware, num_devices, placement, fixed, load_factor)
-        for placement in PlacementKind
+        for placement in search_lib.PLACEMENTS
     }
     ranked = sorted((one for one in found.values() if one), key=lambda one: one.seconds_per_token)
     if not ranked:

@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 
-from disag_jax import processes, startup_report
+from disag_jax import auto_placement, processes, startup_report
 from disag_jax.checkpoint import Checkpoints
 from disag_jax.config import Config, ConfigError, Dtype
 from disag_jax.display import Display, make_display
@@ -49,6 +49,7 @@ def train(
     resume: bool = False,
     step: int | None = None,
     profile_steps: range | None = None,
+    hardware: str | None = None,
 ) -> dict:
     """Runs the experiment and returns the last evaluation's results.
 
@@ -56,7 +57,10 @@ def train(
     the checkpoint there of `step`, or from the last, or begins again if there is none yet. Raises
     ConfigError for the user's mistakes, before anything is compiled, and NonFiniteLossError when
     training diverges.
+
+    hardware: what the planner plans for where split.placement is auto; None is the devices here.
     """
+    config = auto_placement.resolve(config, hardware)
     config.validate()
     enable_float64(config)
     processes.check_same_config(config)

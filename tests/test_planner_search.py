@@ -37,7 +37,7 @@ def small(micro_batches=8, sequence_length=1024, **model):
 @given(
     st.sampled_from((2, 3, 4, 6, 8, 12)),
     st.sampled_from((4, 8, 13)),
-    st.sampled_from(PlacementKind),
+    st.sampled_from(search.PLACEMENTS),
     st.sampled_from((512, 2048)),
     st.sampled_from((2, 8)),
 )
@@ -55,7 +55,7 @@ def test_the_search_finds_what_trying_everything_finds(devices, micro_batches, k
     assert best == pytest.approx(min(times.values()), rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", PlacementKind)
+@pytest.mark.parametrize("kind", search.PLACEMENTS)
 def test_candidates_are_valid_complete_and_distinct(kind):
     config = small()
     found = list(search.candidates(config, 12, kind))
@@ -137,12 +137,14 @@ def test_colocation_is_advised_for_shapes_too_lopsided_for_the_devices():
 
 def test_advice_names_a_change_that_does_turn_it_around():
     config = small(micro_batches=16, sequence_length=2048)
-    found = {kind: search.search(config, H100, 4, kind) for kind in PlacementKind}
+    found = {kind: search.search(config, H100, 4, kind) for kind in search.PLACEMENTS}
     advice = advise(config, H100, 4, found, None)
     assert advice.placement is PlacementKind.COLOCATED
     (factor,) = re.findall(r"intra-node links (\d) times slower", advice.sentence)
     slow = dataclasses.replace(H100, intra_node=H100.intra_node.scaled(1 / int(factor)))
-    times = {kind: search.search(config, slow, 4, kind).seconds_per_token for kind in PlacementKind}
+    times = {
+        kind: search.search(config, slow, 4, kind).seconds_per_token for kind in search.PLACEMENTS
+    }
     assert times[PlacementKind.DISAGGREGATED] < times[PlacementKind.COLOCATED]
     only = advise(config, H100, 4, {**found, PlacementKind.COLOCATED: None}, None)
     assert only.sentence == "disaggregate: the other placement fits on no split of these devices"

@@ -25,13 +25,19 @@ from disag_jax.planner.sizes import Sizes
 RATIO_PARTS = 16
 MOST_TOKENS_PER_WORKER = 65_536
 
+PLACEMENTS = (PlacementKind.DISAGGREGATED, PlacementKind.COLOCATED)
+
 # How much a step's tokens may differ from the config's where a split does not divide them.
 TOKEN_TOLERANCE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """What a search must not change; None is free. Fields as in SplitConfig and BatchConfig."""
+    """What a search must not change; None is free. Fields as in SplitConfig and BatchConfig.
+
+    Attributes:
+      tokens_per_step: exactly so many; None lets them differ by `TOKEN_TOLERANCE`.
+    """
 
     replicas: int | None = None
     stages: int | None = None
@@ -39,14 +45,16 @@ class Fixed:
     expert_workers: int | None = None
     hop: int | None = None
     tokens_per_worker: int | None = None
-    placement: PlacementKind | None = None
+    tokens_per_step: int | None = None
 
     def allows(self, config: Config) -> bool:
         """Whether a config has all the values that are fixed."""
         for field in dataclasses.fields(self):
             wanted = getattr(self, field.name)
-            section = config.batch if field.name == "tokens_per_worker" else config.split
-            if wanted is not None and getattr(section, field.name) != wanted:
+            holder = next(
+                part for part in (config, config.batch, config.split) if hasattr(part, field.name)
+            )
+            if wanted is not None and getattr(holder, field.name) != wanted:
                 return False
         return True
 
@@ -73,6 +81,14 @@ class Found:
     @property
     def seconds_per_token(self) -> float:
         return self.step_seconds / self.config.tokens_per_step
+
+
+def without_auto(config: Config) -> Config:
+    """A valid config to search around: where it leaves the placement open, any will do."""
+    if config.split.placement is PlacementKind.AUTO:
+        split = dataclasses.replace(config.split, placement=PlacementKind.DISAGGREGATED)
+        config = dataclasses.replace(config, split=split)
+    return config.validate()
 
 
 def candidates(
@@ -200,7 +216,7 @@ def refusal(
     fixed = fixed or Fixed()
     wanted = f" with {fixed}" if str(fixed) else ""
     least, where = None, None
-    for placement in PlacementKind:
+    for placement in PLACEMENTS:
         for candidate in candidates(config, num_devices, placement, fixed):
             missing = missing_bytes(predict_memory(Sizes.of(candidate)), hardware)
             if least is None or sum(missing.values()) < sum(least.values()):

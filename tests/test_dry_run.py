@@ -1,0 +1,88 @@
+"""The dry run, and a placement that the planner chooses at start-up."""
+
+import copy
+import dataclasses
+
+import jax
+import pytest
+
+from configs import qwen3_235b
+from disag_jax import auto_placement, dry_run
+from disag_jax.config import BatchConfig, ConfigError, Dtype, PlacementKind, SplitConfig
+from disag_jax.planner import hardware
+from disag_jax.schedule import schedule_of
+from mesh.m2n import forward_pairs
+from tests import support
+
+H100 = hardware.load("h100")
+
+
+def make_config(split: SplitConfig, **model):
+    sizes = dict(vocab_size=256, d_model=64, expert_width=64, num_experts=8) | model
+    config = support.small_config(split, 8, **sizes)
+    config.run = dataclasses.replace(config.run, compute_dtype=Dtype.BFLOAT16)
+    config.batch = BatchConfig(sequence_length=64, tokens_per_worker=128, micro_batches=8)
+    return config.validate()
+
+
+def test_a_dry_run_counts_what_the_planner_counts_and_refuses_what_does_not_fit(capsys):
+    config = make_config(SplitConfig(stages=2, attention_workers=1, expert_workers=3))
+    found = dry_run.dry_run(config, H100)
+    memory = found.prediction.memory["expert worker"]
+    vocabulary = 2 * 256 * 64 + 64
+    planned = memory.weights + memory.gradients - (2 + 4) * vocabulary
+    # What is left are the selection bias and the step's metrics.
+    assert found.arguments_and_outputs == pytest.approx(planned, abs=4096)
+    text = dry_run.report(found)
+    for words in ("schedule valid", "attention worker: planner", "many-to-many forward: "):
+        assert words in text
+    tiny = dataclasses.replace(H100, memory_gibibytes=1e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dry_run, "dry_run", lambda *_: found)
+        dry_run.main(config, H100)
+        with pytest.raises(ConfigError, match=r"must hold a step: attention worker .* over"):
+            dry_run.main(config, tiny)
+    assert capsys.readouterr().out.count("schedule valid") == 2
+
+
+@pytest.mark.parametrize("hop", [1, 2])
+def test_bytes_of_a_pair_are_those_of_its_messages(hop):
+    config = make_config(SplitConfig(stages=1, attention_workers=2, expert_workers=2, hop=hop))
+    schedule = schedule_of(config)
+    found = dry_run.pair_bytes(config, schedule)
+    # Each attention worker meets each expert worker in one round of a transfer.
+    rounds = forward_pairs(dry_run.placement_of(config))
+    assert sum(pairs.count((0, 2)) for pairs in rounds) == 1
+    sizes = dry_run.Sizes.of(config)
+    forward = [s for s in schedule.segments if s.has_forward or hop == 2]
+    periods = sum(s.num_periods for s in forward)
+    assert found["many-to-many forward"] == periods * sizes.message_bytes
+
+
+def test_auto_chooses_a_split_of_the_devices_and_keeps_the_tokens(capsys):
+    config = auto_config()
+    before = copy.deepcopy(config)
+    chosen = auto_placement.resolve(config, "h100").validate()
+    assert chosen.split.num_devices == len(jax.devices())
+    assert chosen.split.placement is not PlacementKind.AUTO
+    assert chosen.tokens_per_step == before.tokens_per_step
+    assert chosen.model == before.model and config == before
+    assert "split.placement = auto: " in capsys.readouterr().out
+    assert auto_placement.resolve(chosen) is chosen
+
+
+def auto_config():
+    config = make_config(SplitConfig())
+    config.split.placement = PlacementKind.AUTO
+    return config
+
+
+def test_auto_is_refused_where_nothing_can_be_chosen():
+    with pytest.raises(ConfigError, match=r"'auto' must know the devices: cpu is none of a100"):
+        auto_placement.resolve(auto_config())
+    with pytest.raises(ConfigError, match=r"split.placement = 'auto' must be disaggregated or"):
+        auto_config().validate()
+    large = qwen3_235b.get_config()
+    large.split.placement = PlacementKind.AUTO
+    with pytest.raises(ConfigError, match=r"num_devices = 8 of h100 must hold qwen3_235b with tok"):
+        auto_placement.resolve(large, "h100")
