@@ -20,7 +20,9 @@ from disag_jax.planner import search as search_lib
 from disag_jax.planner.advice import Advice, advise
 from disag_jax.planner.hardware import Hardware, load
 from disag_jax.planner.prediction import Prediction, predict
+from disag_jax.planner.roofline import allocate, demand_of
 from disag_jax.planner.search import Fixed
+from disag_jax.planner.topology import per_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,7 @@ def table(plan: Plan) -> rich.table.Table:
             f"{prediction.tokens_per_second:,.0f}",
             f"{prediction.mfu:.1%}",
             f"{prediction.exposed_communication / step:.0%}",
-            " ".join(f"{share:.0%}" for share in idle.values()),
+            " ".join(f"{max(0, share):.0%}" for share in idle.values()),
             memory,
         )
     return made
@@ -120,6 +122,7 @@ def report(plan: Plan) -> str:
         f"{'moves, ms':<12}{moves or 'none'}",
         f"{'around, ms':<12}{outside}",
     ]
+    lines.append(f"{'roofline':<12}{_roofline(best)}")
     for kind, memory in best.memory.items():
         parts = ", ".join(
             f"{field.name} {bytes_in_words(getattr(memory, field.name))}"
@@ -132,6 +135,25 @@ def report(plan: Plan) -> str:
         f"{'advice':<12}{plan.advice.sentence}",
     ]
     return "\n".join(lines)
+
+
+def _roofline(prediction: Prediction) -> str:
+    """The roofline's division of the devices, and of the network cards where there are any."""
+    config, hardware = prediction.config, prediction.hardware
+    devices = config.split.num_devices
+    is_far = devices > hardware.devices_per_node
+    link = per_device(hardware) if is_far else hardware.intra_node
+    move = link.many_to_many
+    found = allocate(
+        demand_of(config, config.split.expert_workers), devices, devices,
+        flops_per_second=1e12 * hardware.product_tflops * hardware.product_efficiency,
+        bytes_per_second=1e9 * move.gigabytes_per_second * move.efficiency,
+    )  # fmt: skip
+    cards = f", links {found.attention_cards} : {found.expert_cards}"
+    return (
+        f"attention {found.attention_devices} : experts {found.expert_devices} of {devices} devices"
+        f"{cards}, by arithmetic and bandwidth alone (MFU {found.mfu:.0%})"
+    )
 
 
 def main(

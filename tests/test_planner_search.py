@@ -33,7 +33,7 @@ def small(micro_batches=8, sequence_length=1024, **model):
     return config.validate()
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     st.sampled_from((2, 3, 4, 6, 8, 12)),
     st.sampled_from((4, 8, 13)),
@@ -83,18 +83,19 @@ def test_fixed_parts_stay():
         assert (one.split.stages, one.split.expert_workers, one.split.hop) == (2, 3, 2)
 
 
-def test_a_thousand_devices_take_seconds_and_the_answer_is_the_same_twice():
+def test_a_thousand_devices_take_seconds():
     config = qwen3_235b.get_config()
     config.batch.micro_batches = 1024
-    found, seconds = [], []
-    for _ in range(2):
-        began = time.perf_counter()
-        found.append(
-            search.search(config, hardware.load("h200"), 1024, PlacementKind.DISAGGREGATED)
-        )
-        seconds.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    assert search.search(config, hardware.load("h200"), 1024, PlacementKind.DISAGGREGATED)
+    assert time.perf_counter() - began < 8
+
+
+def test_the_answer_is_the_same_twice():
+    found = [
+        [search.search(small(), H100, 16, kind) for kind in search.PLACEMENTS] for _ in range(2)
+    ]
     assert found[0] == found[1]
-    assert min(seconds) < 8
 
 
 def test_every_split_that_fits_is_listed_with_its_best_micro_batch():
@@ -175,7 +176,7 @@ def test_the_command_prints_a_plan_and_refuses_in_one_sentence():
         [*command, "--hardware=h100", "--num_devices=4"], capture_output=True, text=True
     )
     assert good.returncode == 0, good.stderr
-    for words in ("pick, ", "best ", "advice", "memory", "assumed", "tokens/s"):
+    for words in ("pick, ", "roofline", "best ", "advice", "memory", "assumed", "tokens/s"):
         assert words in good.stdout
     bad = subprocess.run(
         [*command, "--hardware=b300", "--num_devices=4"], capture_output=True, text=True

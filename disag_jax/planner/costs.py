@@ -223,9 +223,12 @@ class Costs:
         rows = self.config.layers_per_stage * wide
         layer, columns = self.sizes.layer_parameters, sum(self.sizes.row_columns.values())
         shared = self.config.model.num_shared_experts * expert_parameters(self.config.model)
-        # Every worker takes part with as many columns as the role with more of them.
-        alike = layer[Role.ATTENTION] if placement.colocated else max(layer[Role.ATTENTION], shared)
-        seconds = self._all_reduce(self.links.stage, placement.attention_workers, rows * alike)
+        # Disaggregated, the workers of both roles take part with as many columns as either needs.
+        if placement.colocated:
+            alike, workers = layer[Role.ATTENTION], placement.attention_workers
+        else:
+            alike, workers = max(layer[Role.ATTENTION], shared), placement.rounds
+        seconds = self._all_reduce(self.links.stage, workers, rows * alike)
         if placement.colocated:
             copies, experts = placement.expert_copies, placement.expert_workers
             seconds += self._all_reduce(self.links.stage, copies, rows * layer[Role.EXPERT])
