@@ -1,12 +1,12 @@
 """Measures the units of work, a step or the transfers of a config, each against its floor.
 
   python -m disag_jax.bench units --config configs/balanced.py
-  python -m disag_jax.bench step --config configs/balanced.py
+  python -m disag_jax.bench step --config configs/balanced.py --hardware measured.json
   python -m disag_jax.bench transfer --config configs/balanced.py
 
 `--out FILE` keeps the figures as JSON, and `--compare FILE` says which of them have moved since by
-more than the noise of both measurements. Units run on one device, a step and transfers on all of
-the config's.
+more than the noise of both measurements. `--hardware` sets a measured step beside the planner's.
+Units run on one device, a step and transfers on all of the config's.
 """
 
 import dataclasses
@@ -20,6 +20,8 @@ import rich.table
 
 from disag_jax.config import Config, ConfigError
 from disag_jax.geometry import enable_float64
+from disag_jax.planner.hardware import Hardware, load
+from disag_jax.planner.prediction import predict
 from disag_jax.timing import Figure
 
 # A figure has moved if it differs by more than this besides the noise: clocks vary that much.
@@ -88,7 +90,23 @@ def read(path: str, what: str) -> list[Figure]:
     return figures
 
 
-def main(what: str, config: Config, out: str | None, compare: str | None):
+def beside_prediction(config: Config, hardware: Hardware, figures: list[Figure]) -> str:
+    """A measured step beside the predicted one."""
+    found = predict(config, hardware)
+    measured = next(figure for figure in figures if figure.name == "step")
+    predicted = 1e3 * found.step_seconds
+    memory = ", ".join(
+        f"{kind} {memory.total / 2**30:.2f} GiB" for kind, memory in found.memory.items()
+    )
+    return (
+        f"predicted for {hardware.name}: {predicted:.1f} ms, measured {measured.milliseconds:.1f} "
+        f"({predicted / measured.milliseconds - 1:+.1%}); {memory}"
+    )
+
+
+def main(
+    what: str, config: Config, out: str | None, compare: str | None, hardware: str | None = None
+):
     """Measures, prints and keeps the figures."""
     from disag_jax import bench_step, bench_transfer, bench_units
 
@@ -99,6 +117,9 @@ def main(what: str, config: Config, out: str | None, compare: str | None):
     }
     if what not in measures:
         raise ConfigError(f"{what!r} must be one of {', '.join(measures)}")
+    if hardware is not None and what != "step":
+        raise ConfigError(f"--hardware = {hardware!r} must stand with step, not {what}")
+    planned_for = load(hardware) if hardware else None
     config.validate()
     enable_float64(config)
     before = read(compare, what) if compare else None
@@ -106,6 +127,8 @@ def main(what: str, config: Config, out: str | None, compare: str | None):
     devices = jax.devices()
     title = f"{what} of {config.name}, {devices[0].device_kind}, jax {jax.__version__}"
     rich.console.Console(width=120).print(table(title, figures))
+    if planned_for:
+        print(beside_prediction(config, planned_for, figures))
     if out:
         write(out, what, config, figures)
     if before is not None:
@@ -121,6 +144,7 @@ if __name__ == "__main__":
     _CONFIG = cli.define_config_flag()
     _OUT = flags.DEFINE_string("out", None, "file to keep the figures in, as JSON")
     _COMPARE = flags.DEFINE_string("compare", None, "figures of before, to compare with")
+    _HARDWARE = flags.DEFINE_string("hardware", None, "what to predict a measured step for")
     _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
     flags.mark_flag_as_required("config")
 
@@ -128,6 +152,6 @@ if __name__ == "__main__":
         from mesh import runtime
 
         runtime.start(_CPU_DEVICES.value)
-        main(what, _CONFIG.value, _OUT.value, _COMPARE.value)
+        main(what, _CONFIG.value, _OUT.value, _COMPARE.value, _HARDWARE.value)
 
     cli.run(_run, arguments="measurement (units, step or transfer)")

@@ -22,12 +22,9 @@ from disag_jax.phases import Entry
 from disag_jax.pipeline import EVERYWHERE, PER_WORKER, VOCABULARY_SPECS, make_phases
 from disag_jax.reduction import gather_weights
 from disag_jax.schedule import IDLE, schedule_of
-from disag_jax.timing import Figure, time_calls
+from disag_jax.timing import Figure, time_calls, time_iterations
 from mesh.placement import Meshes
 from mesh.roles import Role
-
-# Phases in a row of which a time is the difference: what is done once per call drops out.
-FEW, MANY = 2, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,24 +78,14 @@ class _PhaseBench:
             program = self._program(getattr(self, f"_{direction}"), 3)
             for role in Role:
                 name = f"{role.label}_{direction}"
-                figures[name] = self._time(name, program, role)
+                figures[name] = time_iterations(
+                    name,
+                    lambda count, program=program, role=role: program(
+                        *self.arguments, self.state, jnp.int32(role), jnp.int32(count)
+                    ),
+                )
         figures["loss"] = time_calls("loss", loss_call(self.g))
         return PhaseTimes(self.bucket, self.pairs, figures)
-
-    def _time(self, name: str, program, role: Role) -> Figure:
-        """Time of one phase: that of many less that of few."""
-        few, many = (
-            time_calls(
-                name,
-                lambda count=count: program(
-                    *self.arguments, self.state, jnp.int32(role), jnp.int32(count)
-                ),
-                calls=2,
-            )
-            for count in (FEW, MANY)
-        )
-        milliseconds = (many.milliseconds - few.milliseconds) / (MANY - FEW)
-        return dataclasses.replace(many, milliseconds=milliseconds)
 
     def _arguments(self):
         """(rows, vocabulary, router bias, batch): random weights, which route evenly."""

@@ -1,4 +1,8 @@
-"""Time of the transfers between workers over sizes of what they move."""
+"""Time of the transfers between workers over sizes of what they move.
+
+They run one after the other in a loop on the devices, as in the pipeline: the host's calls do not
+count.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +11,8 @@ from jax.sharding import NamedSharding
 
 from disag_jax.config import Config
 from disag_jax.geometry import placement_of
-from disag_jax.pipeline import PER_WORKER
-from disag_jax.timing import Figure, time_calls
+from disag_jax.pipeline import EVERYWHERE, PER_WORKER
+from disag_jax.timing import Figure, time_iterations
 from disag_jax.training import make_meshes
 from mesh.m2n import RingTransport, exchange_in_group
 from mesh.placement import ALL_DEVICES, Meshes
@@ -35,7 +39,8 @@ def measure_slots(config: Config) -> list[tuple[int, Figure]]:
     kind = "all-to-all" if placement.colocated else "many-to-many"
     found = []
     for num_bytes, call in _calls(make_meshes(config), send, placement.rounds):
-        figure = time_calls(f"{kind}, {placement.rounds} slots of {num_bytes / MIB:g} MiB", call)
+        name = f"{kind}, {placement.rounds} slots of {num_bytes / MIB:g} MiB"
+        figure = time_iterations(name, call)
         moved = placement.rounds * num_bytes / figure.milliseconds / 1e6
         figure.extra["a worker, each way"] = f"{moved:.3g} GB/s"
         found.append((num_bytes, figure))
@@ -46,18 +51,22 @@ def measure_all_reduce(config: Config) -> list[tuple[int, Figure]]:
     """(bytes on each device, time) of sums over all devices."""
     calls = _calls(make_meshes(config), lambda words: lax.psum(words, ALL_DEVICES), 1)
     return [
-        (num_bytes, time_calls(f"all-reduce of {num_bytes / MIB:g} MiB", call))
+        (num_bytes, time_iterations(f"all-reduce of {num_bytes / MIB:g} MiB", call))
         for num_bytes, call in calls
     ]
 
 
 def _calls(meshes: Meshes, send, num_slots: int):
-    """Yields (bytes of a slot, a call of `send` on [num_slots, words]) for each of `SLOT_MIB`."""
+    """Yields (bytes of a slot, a call that sends [num_slots, words] a number of times)."""
+
+    def repeat(words, count):
+        return lax.fori_loop(0, count, lambda _, sent: send(sent), words[0])[None]
+
     program = jax.jit(
         jax.shard_map(
-            lambda words: send(words[0])[None],
+            repeat,
             mesh=meshes.union,
-            in_specs=PER_WORKER,
+            in_specs=(PER_WORKER, EVERYWHERE),
             out_specs=PER_WORKER,
             check_vma=False,
         )
@@ -66,4 +75,4 @@ def _calls(meshes: Meshes, send, num_slots: int):
         num_bytes = int(size * MIB)
         shape = (meshes.union.size, num_slots, num_bytes // 4)
         words = jnp.zeros(shape, jnp.float32, device=NamedSharding(meshes.union, PER_WORKER))
-        yield num_bytes, lambda words=words: program(words)
+        yield num_bytes, lambda count, words=words: program(words, jnp.int32(count))

@@ -23,7 +23,7 @@ from disag_jax.config import Config, ConfigError, PlacementKind, SplitConfig
 from disag_jax.flops import peak_flops
 from disag_jax.geometry import enable_float64
 from disag_jax.planner.costs import unit_work
-from disag_jax.planner.fits import fit_slope, fit_transfer, fit_unit
+from disag_jax.planner.fits import fit_link, fit_units, fit_update
 from disag_jax.planner.hardware import UNITS, Hardware, Link, Transfer
 from disag_jax.planner.sizes import Sizes
 from disag_jax.state import StateManager
@@ -44,17 +44,20 @@ def profile(config: Config, name: str, say=print) -> tuple[Hardware, dict]:
     rates, _ = measure_rates(config)
     shape = _one_stage(config)
     meshes = make_meshes(shape)
-    units = {unit: [] for unit in UNITS}
+    points = {unit: [] for unit in UNITS}
     for label, variant in variants(shape):
         say(f"phases: {label}")
         times = bench_phases.measure(variant, meshes)
         work = unit_work(Sizes(variant, times.bucket, 1.0), times.pairs)
         for unit in UNITS:
-            units[unit].append((label, work[unit], 1e-3 * times.figures[unit].milliseconds))
+            milliseconds = times.figures[unit].milliseconds
+            points[unit].append(
+                {"variant": label, "milliseconds": milliseconds, **dataclasses.asdict(work[unit])}
+            )
     say("transfers")
-    transfers = measure_transfers(shape)
+    points |= measure_transfers(shape)
     say("optimizer")
-    updates = measure_updates(shape, meshes)
+    points["update"] = measure_updates(shape, meshes)
     devices = jax.devices()
     peak = peak_flops(config, devices[0].device_kind) or rates.flops
     limit = (devices[0].memory_stats() or {}).get("bytes_limit", _host_bytes())
@@ -79,28 +82,11 @@ def profile(config: Config, name: str, say=print) -> tuple[Hardware, dict]:
         host_milliseconds=HOST_MILLISECONDS,
         devices_per_node=len(devices),
         nics_per_node=len(devices),
-        intra_node=Link(**{kind: fit_transfer(points) for kind, points in transfers.items()}),
+        intra_node=fit_link(points),
         inter_node=None,
-        unit_fits={
-            unit: fit_unit([(work, seconds) for _, work, seconds in points])
-            for unit, points in units.items()
-        },
-        update_milliseconds_per_gigaparameter=fit_slope(
-            [(parameters / 1e9, 1e3 * seconds) for parameters, seconds in updates]
-        ),
+        unit_fits=fit_units(points, rates.flops / 1e12),
+        update_milliseconds_per_gigaparameter=fit_update(points),
     )
-    points = {
-        unit: [
-            {"variant": label, "milliseconds": 1e3 * seconds, **dataclasses.asdict(work)}
-            for label, work, seconds in found
-        ]
-        for unit, found in units.items()
-    }
-    points |= {
-        kind: [{"rounds": r, "num_bytes": b, "milliseconds": 1e3 * s} for r, b, s in found]
-        for kind, found in transfers.items()
-    }
-    points["update"] = [{"parameters": n, "milliseconds": 1e3 * s} for n, s in updates]
     return hardware, points
 
 
@@ -133,32 +119,30 @@ def variants(config: Config) -> list[tuple[str, Config]]:
     return found
 
 
-def measure_transfers(config: Config) -> dict[str, list[tuple[int, float, float]]]:
-    """(rounds, bytes in all, seconds) of each size, by the field of `hardware.Link`."""
+def measure_transfers(config: Config) -> dict[str, list[dict]]:
+    """Rounds, bytes in all and milliseconds of each size, by the field of `hardware.Link`."""
     twin, split = copy.deepcopy(config), config.split
     workers = split.attention_workers + split.expert_workers
     twin.split = SplitConfig(
         attention_workers=workers, expert_workers=workers, placement=PlacementKind.COLOCATED
     )
     rounds = split.attention_workers
+    measured = {
+        "many_to_many": (rounds, rounds, bench_transfer.measure_slots(config)),
+        "all_to_all": (1, workers - 1, bench_transfer.measure_slots(twin)),
+        "all_reduce": (1, 2 * (workers - 1) / workers, bench_transfer.measure_all_reduce(config)),
+    }
     return {
-        "many_to_many": [
-            (rounds, rounds * size, 1e-3 * figure.milliseconds)
-            for size, figure in bench_transfer.measure_slots(config)
-        ],
-        "all_to_all": [
-            (1, (workers - 1) * size, 1e-3 * figure.milliseconds)
-            for size, figure in bench_transfer.measure_slots(twin)
-        ],
-        "all_reduce": [
-            (1, 2 * (workers - 1) / workers * size, 1e-3 * figure.milliseconds)
-            for size, figure in bench_transfer.measure_all_reduce(config)
-        ],
+        kind: [
+            {"rounds": rounds, "num_bytes": factor * size, "milliseconds": figure.milliseconds}
+            for size, figure in found
+        ]
+        for kind, (rounds, factor, found) in measured.items()
     }
 
 
-def measure_updates(config: Config, meshes: Meshes) -> list[tuple[float, float]]:
-    """(parameters of the device with most, seconds of an update) for some numbers of layers."""
+def measure_updates(config: Config, meshes: Meshes) -> list[dict]:
+    """Parameters of the device with most and milliseconds of an update, for numbers of layers."""
     points = []
     for num_layers in UPDATE_LAYERS:
         smaller = copy.deepcopy(config)
@@ -176,7 +160,7 @@ def measure_updates(config: Config, meshes: Meshes) -> list[tuple[float, float]]
         held = num_layers * max(sizes.layer_parameters.values())
         parameters = held + sizes.vocabulary_parameters / sizes.placement.num_devices
         # The first compiles.
-        points.append((parameters, float(np.median(seconds[1:]))))
+        points.append({"parameters": parameters, "milliseconds": 1e3 * np.median(seconds[1:])})
     return points
 
 

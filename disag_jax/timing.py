@@ -8,6 +8,10 @@ import jax
 
 WARM_UP, REPEATS = 2, 5
 
+# Iterations of a loop on the device of which a time is the difference: what is done once per call
+# drops out.
+FEW, MANY = 2, 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
@@ -46,6 +50,16 @@ def time_calls(name: str, call, *, calls: int = 5, **fields) -> Figure:
         jax.block_until_ready(result)
         times.append((time.perf_counter() - began) / calls)
     return figure_of(name, times, **fields)
+
+
+def time_iterations(name: str, call) -> Figure:
+    """The time of one iteration of a loop on the device; `call(count)` runs `count` of them."""
+    few, many = (time_calls(name, lambda n=n: call(n), calls=2) for n in (FEW, MANY))
+    milliseconds = (many.milliseconds - few.milliseconds) / (MANY - FEW)
+    if milliseconds <= 0:
+        # Too short to be told from the noise of a call: what it takes at most.
+        milliseconds = many.milliseconds / MANY
+    return dataclasses.replace(many, milliseconds=milliseconds)
 
 
 def figure_of(name: str, times: list[float], **fields) -> Figure:

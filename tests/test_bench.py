@@ -34,14 +34,21 @@ def test_every_measurement_runs_and_is_kept(config, tmp_path, capsys, monkeypatc
     }
     for what, names in wanted.items():
         path = str(tmp_path / f"{what}.json")
-        bench.main(what, config, path, None)
+        bench.main(what, config, path, None, "h100" if what == "step" else None)
         figures = bench.read(path, what)
         assert all(figure.milliseconds > 0 for figure in figures)
         for name in names:
             assert any(name in figure.name for figure in figures), (name, figures)
-        assert names[0] in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert names[0] in printed
+        assert ("predicted for h100: " in printed) == (what == "step")
     with pytest.raises(ConfigError, match=r"must hold units, not step"):
         bench.read(str(tmp_path / "step.json"), "units")
+
+
+def test_a_prediction_stands_beside_steps_only():
+    with pytest.raises(ConfigError, match=r"--hardware = 'h100' must stand with step, not units"):
+        bench.main("units", support.small_config(SPLITS["disaggregated"]), None, None, "h100")
 
 
 def test_figures_are_medians_with_their_spread():

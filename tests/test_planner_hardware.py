@@ -17,11 +17,12 @@ def record():
 
 
 def test_the_projects_own_files_are_valid_and_marked():
-    assert hardware.known() == ["a100", "h100", "h200", "h800"]
+    assert hardware.known() == ["a100", "h100", "h100x2_nvlink", "h200", "h800"]
     for name in hardware.known():
         found = hardware.load(name)
-        assert found.name == name and found.source == "datasheet"
-        assert found.peak_tflops == PEAK_TFLOPS[name.upper()]
+        assert found.name == name
+        assert found.source == ("measured" if "x" in name else "datasheet")
+        assert found.peak_tflops == PEAK_TFLOPS[name.upper().split("X")[0]]
 
 
 def test_what_is_written_is_read_back(record, tmp_path):
@@ -82,7 +83,9 @@ def test_an_unknown_unit_is_refused(record):
 
 
 def test_unknown_hardware_lists_the_known(tmp_path):
-    with pytest.raises(ConfigError, match="'b300' must be one of a100, h100, h200, h800, or a"):
+    with pytest.raises(
+        ConfigError, match="'b300' must be one of a100, h100, h100x2_nvlink, h200, h800, or a"
+    ):
         hardware.load("b300")
     for text in ("not json", '{"peak_tflops": NaN}', "[1]"):
         path = tmp_path / "bad.json"

@@ -45,6 +45,18 @@ def test_data_sheet_units_are_near_the_measured_ones():
         assert 1e3 * units[name] == pytest.approx(measured, rel=0.25), name
 
 
+# `bench step` of the same shape on another such machine on the same day.
+MEASURED_STEP_MS, MEASURED_UPDATE_MS = 1227.3, 43.4
+
+
+def test_the_measured_profile_predicts_the_measured_step():
+    found = predict(balanced.get_config(), hardware.load("h100x2_nvlink"))
+    assert 1e3 * found.step_seconds == pytest.approx(MEASURED_STEP_MS, rel=0.1)
+    assert 1e3 * found.outside_loop["optimizer"] == pytest.approx(MEASURED_UPDATE_MS, rel=0.1)
+    sheet = predict(balanced.get_config(), H100)
+    assert 1e3 * sheet.step_seconds == pytest.approx(MEASURED_STEP_MS, rel=0.1)
+
+
 @st.composite
 def configs(draw):
     config = balanced.get_config()

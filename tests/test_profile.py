@@ -1,23 +1,26 @@
 """The profile command on simulated devices, and the fits that it makes."""
 
 import copy
+import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
-from disag_jax import bench_phases, bench_transfer, profile
+from disag_jax import bench_transfer, profile, timing
 from disag_jax.config import BatchConfig, ConfigError, Dtype, SplitConfig
 from disag_jax.planner import hardware
 from disag_jax.planner.costs import Work
-from disag_jax.planner.fits import fit_slope, fit_transfer, fit_unit
+from disag_jax.planner.fits import fit_link, fit_transfer, fit_unit, fit_units, fit_update
 from disag_jax.planner.prediction import predict
 from tests import support
 
 
+@pytest.mark.slow  # compiles a dozen programs, half a minute
 def test_a_profile_is_measured_written_and_read_back(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_transfer, "SLOT_MIB", (0.01, 4))
-    monkeypatch.setattr(bench_phases, "MANY", 4)
+    monkeypatch.setattr(timing, "MANY", 4)
     all_variants = profile.variants
     monkeypatch.setattr(profile, "variants", lambda config: all_variants(config)[:1])
     monkeypatch.setattr(profile, "UPDATE_LAYERS", (1,))
@@ -41,6 +44,18 @@ def test_a_profile_is_measured_written_and_read_back(tmp_path, capsys, monkeypat
     two.split.stages, two.split.attention_workers = 2, 4
     with pytest.raises(ConfigError, match="inter_node = None must be a link"):
         predict(two, measured)
+
+
+@pytest.mark.parametrize(("once", "each"), [(5.0, 2.0), (1.0, 0.1)])
+def test_what_is_done_once_per_call_drops_out(monkeypatch, once, each):
+    times = {2: once + 2 * each, 10: once + 10 * each}
+    monkeypatch.setattr(
+        timing, "time_calls", lambda name, call, **_: timing.Figure(name, call(), 0)
+    )
+    figure = timing.time_iterations("x", times.get)
+    assert figure.milliseconds == pytest.approx(each)
+    # A loop that seems to take no longer for more iterations takes at most the whole call.
+    assert timing.time_iterations("x", lambda count: 3.0).milliseconds == pytest.approx(0.3)
 
 
 def test_variants_are_valid_and_vary_what_units_depend_on():
@@ -73,7 +88,7 @@ def test_fits_find_the_coefficients_that_made_the_times():
     times = [
         1e-3 * truth @ (1, w.products / 1e12, w.scores / 1e12, w.num_bytes / 1e9) for w in work
     ]
-    fit = fit_unit(list(zip(work, times, strict=True)))
+    fit = fit_unit(list(zip(work, times, strict=True)), 800)
     assert fit.overhead_microseconds == pytest.approx(200, rel=1e-6)
     assert fit.milliseconds_per_product_tflop == pytest.approx(1.4)
     assert fit.milliseconds_per_score_tflop == pytest.approx(2.0)
@@ -85,12 +100,36 @@ def test_fits_find_the_coefficients_that_made_the_times():
     assert transfer.latency_microseconds == pytest.approx(10)
     assert transfer.gigabytes_per_second == pytest.approx(300)
     assert transfer.seconds(1e6, 2) == pytest.approx(2e-5 + 1e6 / 3e11)
-    assert fit_slope([(1.0, 2.0), (2.0, 4.0)]) == pytest.approx(2)
+    line = [{"parameters": 1e9 * x, "milliseconds": 2 * x} for x in (1, 2)]
+    assert fit_update({"update": line}) == pytest.approx(2)
+
+
+def test_no_flop_is_fitted_as_faster_than_a_large_product():
+    # Bytes and products grow together: without the bound all of it could be bytes.
+    work = [Work(x, 0, x / 100) for x in (1e12, 2e12, 4e12)]
+    fit = fit_unit([(w, 2e-3 * w.products / 1e12) for w in work], 800)
+    assert fit.milliseconds_per_product_tflop >= 1 / 0.8 * (1 - 1e-9)
+    assert fit.milliseconds_per_score_tflop == 0
+    assert fit.seconds(2e12, 0, 2e10) == pytest.approx(4e-3)
 
 
 def test_noise_shows_in_r_squared():
     work = [Work(x, 0, 0) for x in (1e12, 2e12, 3e12)]
-    straight = fit_unit(list(zip(work, (1e-3, 2e-3, 3e-3), strict=True)))
-    bent = fit_unit(list(zip(work, (1e-3, 3e-3, 2e-3), strict=True)))
+    straight = fit_unit(list(zip(work, (1e-3, 2e-3, 3e-3), strict=True)), 2000)
+    bent = fit_unit(list(zip(work, (1e-3, 3e-3, 2e-3), strict=True)), 2000)
     assert straight.r_squared == pytest.approx(1)
     assert bent.r_squared < 0.7
+
+
+def test_the_measured_profile_follows_from_its_points():
+    kept = hardware.load("h100x2_nvlink")
+    file = pathlib.Path(__file__).parents[1] / "benchmarks" / "h100x2_nvlink.points.json"
+    points = json.loads(file.read_text())
+    for unit, fit in fit_units(points, kept.product_tflops).items():
+        ours, theirs = (dataclasses.astuple(f) for f in (fit, kept.unit_fits[unit]))
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9), unit
+    assert fit_update(points) == pytest.approx(kept.update_milliseconds_per_gigaparameter)
+    link = fit_link(points).many_to_many
+    assert link.gigabytes_per_second == pytest.approx(
+        kept.intra_node.many_to_many.gigabytes_per_second
+    )

@@ -1,0 +1,120 @@
+"""Costs against the model's FLOPs, links against the placement's own pairs and groups."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs import balanced, qwen3_235b
+from disag_jax.config import PlacementKind, SplitConfig
+from disag_jax.flops import model_flops
+from disag_jax.planner import hardware
+from disag_jax.planner.costs import (
+    ATTENTION_RECOMPUTE,
+    EXPERT_RECOMPUTE,
+    SCORE_RECOMPUTE,
+    Costs,
+    unit_work,
+)
+from disag_jax.planner.sizes import TILE, Sizes
+from disag_jax.planner.topology import StageLinks
+from mesh.m2n import forward_pairs
+from mesh.placement import Placement
+
+H800 = hardware.load("h800")
+SPLITS = (
+    SplitConfig(stages=2, attention_workers=2, expert_workers=4),
+    SplitConfig(stages=3, attention_workers=4, expert_workers=2, placement=PlacementKind.COLOCATED),
+)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_units_do_the_models_arithmetic(split):
+    config = qwen3_235b.get_config()
+    config.split = split
+    config.validate()
+    sizes, flops = Sizes.of(config), model_flops(config)
+    work, model = unit_work(sizes), config.model
+    workers = split.attention_workers
+    tokens = workers * config.batch.tokens_per_worker
+    per_layer = tokens / 3 / model.num_layers
+    attention = work["attention_forward"]
+    done = workers * (attention.products + attention.scores)
+    assert done == pytest.approx(per_layer * flops.attention)
+    # Tiles are filled up: half a tile for each expert.
+    padding = sizes.experts_held * TILE / 2 * 6 * model.d_model * model.expert_width
+    experts = workers if split.colocated else split.expert_workers
+    done = experts * (work["expert_forward"].products - padding)
+    assert done == pytest.approx(per_layer * flops.expert)
+    shares = sizes.placement.workers // workers
+    done = workers * shares * work["loss"].products
+    assert done == pytest.approx(tokens * flops.head, rel=1e-3)
+    backward = work["attention_backward"]
+    assert backward.products == ATTENTION_RECOMPUTE * attention.products
+    assert backward.scores == SCORE_RECOMPUTE * attention.scores
+    again = work["expert_backward"].products / work["expert_forward"].products
+    assert again == pytest.approx(EXPERT_RECOMPUTE)
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(2, 8)
+)
+def test_links_are_those_that_the_pairs_cross(replicas, stages, attention, expert, per_node):
+    placement = Placement(replicas, stages, attention, expert)
+    cluster = dataclasses.replace(H800, devices_per_node=per_node, nics_per_node=per_node)
+    links = StageLinks.of(placement, cluster)
+
+    def crosses(pairs):
+        return any(
+            (replica * placement.workers + a) // per_node
+            != (replica * placement.workers + b) // per_node
+            for replica in range(replicas)
+            for a, b in pairs
+        )
+
+    pairs = [pair for round_pairs in forward_pairs(placement) for pair in round_pairs]
+    far = links.pipeline.many_to_many.gigabytes_per_second < 100
+    # A ring on one node crosses none; a ring on several must.
+    assert far == crosses(pairs)
+    same_stage = [(a, b) for group in placement.stage_groups() for a in group for b in group]
+    assert (links.stage.all_reduce.gigabytes_per_second < 100) == crosses(same_stage)
+
+
+@pytest.mark.parametrize(("group", "near", "far"), [(4, 3, 0), (8, 7, 0), (16, 7, 8), (32, 7, 24)])
+def test_an_exchange_reaches_the_workers_of_its_group(group, near, far):
+    placement = Placement(1, 2, 32, group, colocated=True)
+    links = StageLinks.of(placement, H800)
+    assert links.all_to_all[2:] == (near, far)
+    slot = 1e8
+    seconds = {0: 7 * slot / (200e9 * 0.82), 8: far * slot / 45e9, 24: far * slot / 45e9}[far]
+    if group >= 8:
+        assert links.all_to_all_seconds(slot) == pytest.approx(seconds, rel=0.01)
+
+
+def test_what_is_reduced_where():
+    config = balanced.get_config()
+    one = Costs(Sizes.of(config), H800)
+    # Two devices share the vocabulary alone: half of an all-reduce of its float32 gradients.
+    vocabulary = 4 * (2 * 32_000 * 2048 + 2048) / 2
+    assert one.reduce_gradients == pytest.approx(vocabulary / (200e9 * 0.82), rel=0.05)
+    config = copy.deepcopy(config)
+    config.split.replicas = 2
+    two = Costs(Sizes.of(config), H800)
+    rows = 4 * 6 * sum(two.sizes.row_columns.values())
+    more = two.reduce_gradients - one.reduce_gradients
+    assert more == pytest.approx(rows / (200e9 * 0.82), rel=0.05)
+
+
+def test_one_device_moves_nothing():
+    config = balanced.get_config()
+    config.split = SplitConfig(placement=PlacementKind.COLOCATED)
+    costs = Costs(Sizes.of(config), H800)
+    moves = (
+        costs.forward_transfer, costs.backward_transfer, costs.forward_exchange,
+        costs.backward_exchange, costs.loss_transfer, costs.gather_weights, costs.reduce_gradients,
+    )  # fmt: skip
+    assert np.count_nonzero(moves) == 0
