@@ -9,16 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import balanced, qwen3_235b
-from disag_jax.config import PlacementKind, SplitConfig
+from disag_jax.config import PlacementKind, Recompute, SplitConfig
 from disag_jax.flops import model_flops
 from disag_jax.planner import hardware
-from disag_jax.planner.costs import (
-    ATTENTION_RECOMPUTE,
-    EXPERT_RECOMPUTE,
-    SCORE_RECOMPUTE,
-    Costs,
-    unit_work,
-)
+from disag_jax.planner.costs import Costs, unit_work
 from disag_jax.planner.sizes import TILE, Sizes
 from disag_jax.planner.topology import StageLinks
 from mesh.m2n import forward_pairs
@@ -52,11 +46,28 @@ def test_units_do_the_models_arithmetic(split):
     shares = sizes.placement.workers // workers
     done = workers * shares * work["loss"].products
     assert done == pytest.approx(tokens * flops.head, rel=1e-3)
-    backward = work["attention_backward"]
-    assert backward.products == ATTENTION_RECOMPUTE * attention.products
-    assert backward.scores == SCORE_RECOMPUTE * attention.scores
-    again = work["expert_backward"].products / work["expert_forward"].products
-    assert again == pytest.approx(EXPERT_RECOMPUTE)
+
+
+@pytest.mark.parametrize(
+    "recompute, products, scores, experts",
+    # With as many key/value as query heads three of four projections are kept.
+    [
+        (Recompute.FULL, 3, 3.5, 8 / 3),
+        (Recompute.SELECTIVE, 3, 2.5, 8 / 3),
+        (Recompute.NONE, 2.25, 2.5, 2),
+    ],
+)
+def test_backward_units_do_again_what_was_not_kept(recompute, products, scores, experts):
+    config = balanced.get_config()
+    config.run.recompute = recompute
+    work = unit_work(Sizes.of(config))
+    forward, backward = work["attention_forward"], work["attention_backward"]
+    router = config.batch.tokens_per_worker * 2 * config.model.d_model * config.model.num_experts
+    again = backward.products - 3 * router
+    assert again == pytest.approx(products * (forward.products - router))
+    assert backward.scores == pytest.approx(scores * forward.scores)
+    ratio = work["expert_backward"].products / work["expert_forward"].products
+    assert ratio == pytest.approx(experts)
 
 
 @settings(max_examples=40)

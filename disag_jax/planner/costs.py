@@ -1,14 +1,14 @@
 """Times of everything that a step is made of, from the work in it and what the hardware does.
 
 A unit's work is counted in three kinds: FLOPs of matrix products, FLOPs of attention scores, and
-bytes that the other operations move. Backward units count what full recomputation adds. Which
-kinds take how long is the hardware's (`Hardware.unit_seconds`).
+bytes that the other operations move. Backward units count what recomputation adds. Which kinds take
+how long is the hardware's (`Hardware.unit_seconds`).
 """
 
 import dataclasses
 import functools
 
-from disag_jax.config import Config
+from disag_jax.config import Config, Recompute
 from disag_jax.flops import FORWARD_AND_BACKWARD, attention_layer
 from disag_jax.planner.hardware import Hardware, Link
 from disag_jax.planner.roofline import expected_copies
@@ -16,14 +16,9 @@ from disag_jax.planner.sizes import TILE, Sizes, expert_parameters
 from disag_jax.planner.topology import StageLinks
 from mesh.roles import Role
 
-# Products of a backward unit over those of its forward unit: the products again, and two more of
-# each. The experts' last product is not needed again.
-ATTENTION_RECOMPUTE = 3
-EXPERT_RECOMPUTE = 8 / 3
-
-# Score products of a backward unit over the two of a forward unit: two again, and five in the fused
-# backward pass, which makes the scores anew (Dao et al., "FlashAttention", section 3.1).
-SCORE_RECOMPUTE = 3.5
+# Score products of the fused backward pass, which makes the scores anew, over the forward pass's two
+# (Dao et al., "FlashAttention", section 3.1).
+SCORE_BACKWARD = 2.5
 
 # Bytes that the update programs move for each parameter: a float32 gradient, weight and two moments
 # are read, the last three and the compute copy written.
@@ -57,6 +52,7 @@ def unit_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
     disag_jax/units.py and disag_jax/dispatch.py: elementwise chains are one pass.
     """
     config, model = sizes.config, sizes.config.model
+    recompute = config.run.recompute
     item, wide = sizes.item_bytes, sizes.wide_bytes
     tokens, width = config.batch.tokens_per_worker, model.d_model
     products, scores = (
@@ -66,6 +62,11 @@ def unit_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
     slots = sizes.placement.rounds * sizes.bucket.rows * width * item
     heads = tokens * (model.num_heads + model.num_kv_heads) * model.head_dim * item
     sums = sizes.layer_parameters[Role.ATTENTION] * (item + 2 * wide)
+    products_again, scores_again = products, scores if recompute is Recompute.FULL else 0
+    if recompute is Recompute.NONE:
+        projected = model.num_heads + 2 * model.num_kv_heads
+        products_again -= 2 * tokens * width * projected * model.head_dim
+    attention_kept = sum(sizes.attention_kept_bytes)
 
     pairs = sizes.pairs if pairs is None else pairs
     # The last tile of an expert is half full on average.
@@ -76,25 +77,33 @@ def unit_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
     sorted_hidden = sizes.bucket.sorted_rows * width * item
     sorted_inner = sizes.bucket.sorted_rows * model.expert_width * item
     expert_weights = sizes.layer_parameters[Role.EXPERT]
+    # The gate and up products; that of `down` is not needed again.
+    expert_again = 0 if recompute is Recompute.NONE else 2 / 3
+    expert_kept = sum(sizes.expert_kept_bytes)
     return {
-        # Sum of copies, two norms, residual, stash; RoPE; gather, encode and decode of messages.
+        # Sum of copies, two norms, residual, stash; RoPE; gather, encode and decode of messages;
+        # what is kept is read and written.
         "attention_forward": Work(
-            products, scores, (config.fanout + 9) * hidden + 2 * heads + 6 * slots
+            products, scores,
+            (config.fanout + 9) * hidden + 2 * heads + 6 * slots + 2 * attention_kept,
         ),
-        # Norms and residuals again and back; RoPE again and back; four passes of messages.
+        # Norms and residuals again and back; RoPE again and back; four passes of messages; what was
+        # kept is taken out of the stash.
         "attention_backward": Work(
-            ATTENTION_RECOMPUTE * products,
-            SCORE_RECOMPUTE * scores,
-            17 * hidden + 4 * heads + 8 * slots + sums,
+            2 * products + products_again,
+            SCORE_BACKWARD * scores + scores_again,
+            17 * hidden + 4 * heads + 8 * slots + sums + 2 * attention_kept,
         ),
-        # Decode, norm, stash, residual, encode; sort, sum over choices; SwiGLU; weights.
+        # Decode, norm, stash, residual, encode; sort, sum over choices; SwiGLU; weights; what is
+        # kept.
         "expert_forward": Work(
             expert_products, 0, 10 * rows + 3 * sorted_hidden + 3 * sorted_inner
-            + expert_weights * item,
+            + expert_weights * item + 2 * expert_kept,
         ),
-        # The same twice; each weight is read, and its gradient added to a sum.
+        # The same twice, where what was kept is read instead of made; each weight is read, and its
+        # gradient added to a sum.
         "expert_backward": Work(
-            EXPERT_RECOMPUTE * expert_products, 0,
+            (2 + expert_again) * expert_products, 0,
             2 * (10 * rows + 3 * sorted_hidden + 3 * sorted_inner)
             + expert_weights * (item + 2 * wide),
         ),

@@ -21,7 +21,7 @@ import rich.console
 import rich.table
 
 from configs import deepseek_moe_16b, qwen3_235b
-from disag_jax.config import BatchConfig, Config, PlacementKind, SplitConfig
+from disag_jax.config import BatchConfig, Config, PlacementKind, Recompute, SplitConfig
 from disag_jax.planner import roofline
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.hardware import load
@@ -66,6 +66,7 @@ def model(name: str, sequence_length: int) -> Config:
     config.batch = BatchConfig(
         sequence_length, max(sequence_length, TOKENS_PER_WORKER), MICRO_BATCHES
     )
+    config.run.recompute = Recompute.FULL
     return config
 
 
