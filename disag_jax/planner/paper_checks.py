@@ -8,8 +8,8 @@ The paper's cluster is 16 nodes of 8 H800 with 8 network cards of 400 Gb/s. Here
 16,384 tokens a device (one sequence where it is longer), 32 of them; baselines with 8 stages of 16
 devices; AF-Pipe with 4 stages of M + N, the better hop, routing even, messages without padding, a
 token sent to each node once (`Costs.two_level`), which is how the paper counts its volume, and as
-many network cards for either role, which is what the paper compares ratios with. Speeds are per
-device, since the splits have different numbers of them.
+many network cards for either role, which is what the paper compares ratios with; backward
+units recompute everything. Speeds are per device, since the splits have different numbers of them.
 """
 
 import copy
