@@ -16,8 +16,8 @@ from disag_jax.planner.sizes import TILE, Sizes, expert_parameters
 from disag_jax.planner.topology import StageLinks
 from mesh.roles import Role
 
-# Score products of the fused backward pass, which makes the scores anew, over the forward pass's two
-# (Dao et al., "FlashAttention", section 3.1).
+# Score products of the fused backward pass, which makes the scores anew, over those of the forward
+# pass, two (Dao et al., "FlashAttention", section 3.1).
 SCORE_BACKWARD = 2.5
 
 # Bytes that the update programs move for each parameter: a float32 gradient, weight and two moments
