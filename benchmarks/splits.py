@@ -1,10 +1,10 @@
 """Every split of one host's GPUs, measured beside the planner's prediction, and the twin's best.
 
   python -m benchmarks.splits --config C --hardware H --out splits.json
-  python -m benchmarks.splits --config C --hardware H --out slow.json --network=sockets --length 8192
+  python -m benchmarks.splits --config C --hardware H --out slow.json --network=sockets
   python -m benchmarks.splits --config C --hardware H --out grow.json --scaling
 
-C is configs/balanced.py and H h100x2_nvlink in benchmarks/README.md. The first trains a few steps at
+In benchmarks/README.md C is configs/balanced.py, H h100x2_nvlink. The first trains a few steps at
 each sequence length under every M + N of one and two stages that fits, and checks that losses
 agree, that the planner's pick is within 5% of the best, and that the best ratio moves toward
 attention as sequences grow. `--scaling` grows from two devices to all, with the tokens of a device
