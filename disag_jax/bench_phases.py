@@ -26,6 +26,9 @@ from disag_jax.timing import Figure, time_calls, time_iterations
 from mesh.placement import Meshes
 from mesh.roles import Role
 
+# A transfer of at most this share of a phase hides under it for certain.
+HIDDEN_SHARE = 0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class PhaseTimes:
@@ -52,13 +55,32 @@ def measure(config: Config, meshes: Meshes) -> PhaseTimes:
     raise AssertionError("the last bucket holds everything")
 
 
+def measure_slowdowns(config: Config, meshes: Meshes) -> dict[str, float]:
+    """Each unit's time with the transfer that its phase hides over its time alone.
+
+    Units whose transfer is not much shorter are left out: what would be timed is the transfer.
+    """
+    bench = _PhaseBench(config, meshes, buckets(config)[-1])
+    alone = bench.phase_times()
+    beside = bench.phase_times(beside_transfer=True)
+    transfer = {}
+    for direction in ("forward", "backward"):
+        program = bench.program(bench.only_transfer(direction), 3)
+        transfer[direction] = bench.time(direction, program, Role.ATTENTION)
+    return {
+        name: beside[name].milliseconds / figure.milliseconds
+        for name, figure in alone.items()
+        if transfer[name.split("_")[1]].milliseconds < HIDDEN_SHARE * figure.milliseconds
+    }
+
+
 class _PhaseBench:
     def __init__(self, config: Config, meshes: Meshes, bucket: Bucket):
         self.config, self.meshes, self.bucket = config, meshes, bucket
         self.g = make_geometry(config, bucket)
         self.phases = make_phases(self.g, schedule_of(config))
         self.arguments = self._arguments()
-        start = self._program(self._start, 0)
+        start = self.program(self._start, 0)
         self.state, (counts, rows_needed, sorted_needed) = start(*self.arguments)
         counts = np.asarray(counts).sum(axis=0)[0]
         places = self.g.places
@@ -73,19 +95,28 @@ class _PhaseBench:
         self.fits = needed.rows <= bucket.rows and needed.sorted_rows <= bucket.sorted_rows
 
     def measure(self) -> PhaseTimes:
+        figures = self.phase_times() | {"loss": time_calls("loss", loss_call(self.g))}
+        return PhaseTimes(self.bucket, self.pairs, figures)
+
+    def phase_times(self, *, beside_transfer: bool = False) -> dict[str, Figure]:
+        """Times by unit; with `beside_transfer`, while the transfer runs that the phase hides."""
         figures = {}
         for direction in ("forward", "backward"):
-            program = self._program(getattr(self, f"_{direction}"), 3)
+            phase = getattr(self, f"_{direction}")
+            if beside_transfer:
+                phase = self._beside_transfer(phase, direction)
+            program = self.program(phase, 3)
             for role in Role:
                 name = f"{role.label}_{direction}"
-                figures[name] = time_iterations(
-                    name,
-                    lambda count, program=program, role=role: program(
-                        *self.arguments, self.state, jnp.int32(role), jnp.int32(count)
-                    ),
-                )
-        figures["loss"] = time_calls("loss", loss_call(self.g))
-        return PhaseTimes(self.bucket, self.pairs, figures)
+                figures[name] = self.time(name, program, role)
+        return figures
+
+    def time(self, name: str, program, role: Role) -> Figure:
+        """Time of one of the phases that a program runs in a loop."""
+        return time_iterations(
+            name,
+            lambda count: program(*self.arguments, self.state, jnp.int32(role), jnp.int32(count)),
+        )
 
     def _arguments(self):
         """(rows, vocabulary, router bias, batch): random weights, which route evenly."""
@@ -120,10 +151,12 @@ class _PhaseBench:
         )
         return rows, vocabulary, bias, batch
 
-    def _program(self, function, num_states: int):
-        """A jitted program of all workers; `num_states`: arguments behind those of the pipeline.
+    def program(self, function, num_states: int):
+        """A jitted program of all workers, on the pipeline's arguments and `num_states` more.
 
-        The first of them and the results are per worker, with a leading dim that is dropped here.
+        Without more it calls `function(phases)`. With (state, role, count) it runs `count`
+        iterations of the loop that `function(phases, state, role)` describes. State and results are
+        per worker.
         """
 
         def run(rows, vocabulary, bias, batch, *states):
@@ -131,8 +164,13 @@ class _PhaseBench:
             phases = self.phases.bind(
                 weights, jax.tree.map(lambda x: x[0], batch), self._zeros, 1.0
             )
-            local = [jax.tree.map(lambda x: x[0], state) for state in states[:1]]
-            results = function(phases, *local, *states[1:])
+            if states:
+                state, role, count = states
+                state = jax.tree.map(lambda x: x[0], state)
+                carry, body, result = function(phases, state, role)
+                results = result(lax.fori_loop(0, count, body, carry))
+            else:
+                results = function(phases)
             return jax.tree.map(lambda x: x[None], results)
 
         in_specs = (PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, PER_WORKER)
@@ -173,24 +211,62 @@ class _PhaseBench:
             routing.counts, routing.rows_needed, stats.sorted_needed
         )  # fmt: skip
 
-    def _forward(self, phases, state, role, count):
+    def _forward(self, phases, state, role):
+        """(carry, body, what of the carry is returned) of a loop over forward phases."""
         inbox, _, stash = state
 
         def phase(index, carry):
             _, stash, stats = carry
             return phases.forward(inbox, self._entry(phases, role, index % 2), stash, stats)
 
-        carry = (jnp.zeros_like(inbox), stash, phases.zero_stats())
-        outbox, stash, stats = lax.fori_loop(0, count, phase, carry)
-        return outbox[:, :1], stash[:1], stats.sorted_needed
+        def result(carry):
+            outbox, stash, stats = carry
+            return outbox[:, :1], stash[:1], stats.sorted_needed
 
-    def _backward(self, phases, state, role, count):
+        return (jnp.zeros_like(inbox), stash, phases.zero_stats()), phase, result
+
+    def _backward(self, phases, state, role):
         _, cotangent, stash = state
 
         def phase(index, carry):
             _, grads = carry
             return phases.backward(cotangent, self._entry(phases, role, index % 2), stash, grads)
 
-        carry = (jnp.zeros_like(cotangent), phases.zero_grads())
-        outbox, grads = lax.fori_loop(0, count, phase, carry)
-        return outbox[:, :1], grads.rows[:, :1], grads.embedding[:1]
+        def result(carry):
+            outbox, grads = carry
+            return outbox[:, :1], grads.rows[:, :1], grads.embedding[:1]
+
+        return (jnp.zeros_like(cotangent), phases.zero_grads()), phase, result
+
+    def _beside_transfer(self, make, direction: str):
+        """The same loop with the transfer of the other direction's messages in each iteration."""
+
+        def make_both(phases, state, role):
+            carry, phase, result = make(phases, state, role)
+            sent, send = self._other_transfer(phases, state, direction)
+
+            def both(index, carry):
+                sent, carry = carry
+                return send(sent), phase(index, carry)
+
+            return (sent, carry), both, lambda carry: (carry[0][:, :1], result(carry[1]))
+
+        return make_both
+
+    def only_transfer(self, direction: str):
+        """A loop over the transfer that a phase of this direction hides."""
+
+        def make(phases, state, role):
+            del role
+            sent, send = self._other_transfer(phases, state, direction)
+            return sent, lambda _, sent: send(sent), lambda sent: sent[:, :1]
+
+        return make
+
+    @staticmethod
+    def _other_transfer(phases, state, direction: str):
+        """(words, function that sends them): a forward phase hides a backward transfer."""
+        message, cotangent, _ = state
+        if direction == "forward":
+            return cotangent, phases.transport.send_backward
+        return message, phases.transport.send_forward

@@ -54,6 +54,8 @@ def profile(config: Config, name: str, say=print) -> tuple[Hardware, dict]:
             points[unit].append(
                 {"variant": label, "milliseconds": milliseconds, **dataclasses.asdict(work[unit])}
             )
+    say("phases beside transfers")
+    slowdowns = bench_phases.measure_slowdowns(shape, meshes)
     say("transfers")
     points |= measure_transfers(shape)
     say("optimizer")
@@ -85,6 +87,7 @@ def profile(config: Config, name: str, say=print) -> tuple[Hardware, dict]:
         intra_node=fit_link(points),
         inter_node=None,
         unit_fits=fit_units(points, rates.flops / 1e12),
+        slowdown_beside_transfers=slowdowns,
         update_milliseconds_per_gigaparameter=fit_update(points),
     )
     return hardware, points
@@ -188,6 +191,8 @@ def summary(hardware: Hardware) -> str:
             f"{fit.milliseconds_per_score_tflop:8.3f} ms/TFLOP of scores"
             f"{fit.milliseconds_per_gigabyte:8.3f} ms/GB   R^2 {fit.r_squared:.4f}"
         )
+    beside = [f"{unit} {x:.3f}" for unit, x in hardware.slowdown_beside_transfers.items()]
+    lines.append(f"slower beside transfers: {', '.join(beside) or 'no transfer is short enough'}")
     for field in dataclasses.fields(Link):
         transfer: Transfer = getattr(hardware.intra_node, field.name)
         lines.append(

@@ -129,3 +129,13 @@ def test_one_device_moves_nothing():
         costs.backward_exchange, costs.loss_transfer, costs.gather_weights, costs.reduce_gradients,
     )  # fmt: skip
     assert np.count_nonzero(moves) == 0
+
+
+def test_only_disaggregated_units_run_beside_transfers():
+    slower = dataclasses.replace(H800, slowdown_beside_transfers={"expert_forward": 1.1})
+    for split, factor in zip(SPLITS, (1.1, 1.0), strict=True):
+        config = qwen3_235b.get_config()
+        config.split = split
+        units, base = (Costs(Sizes.of(config), h).units for h in (slower, H800))
+        assert units["expert_forward"] == pytest.approx(factor * base["expert_forward"])
+        assert units["attention_forward"] == base["attention_forward"]

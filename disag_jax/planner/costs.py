@@ -155,8 +155,10 @@ class Costs:
     @functools.cached_property
     def units(self) -> dict[str, float]:
         """Seconds of each unit and of the loss share, by `hardware.UNITS`."""
+        slowdown = {} if self.config.split.colocated else self.hardware.slowdown_beside_transfers
         return {
-            name: self.hardware.unit_seconds(name, work.products, work.scores, work.num_bytes)
+            name: slowdown.get(name, 1.0)
+            * self.hardware.unit_seconds(name, work.products, work.scores, work.num_bytes)
             for name, work in unit_work(self.sizes).items()
         }
 

@@ -112,6 +112,8 @@ class Hardware:
         a device has nics / devices.
       intra_node, inter_node: the links; None where there is one node.
       unit_fits: measured times by unit (`UNITS`); an absent unit's time follows from the rates.
+      slowdown_beside_transfers: measured time of a unit while a transfer runs beside it, over its
+        time alone; 1 for an absent unit. The twin's units run alone.
       update_milliseconds_per_gigaparameter: measured time of the optimizer and of packing weights;
         None takes the bytes that they move.
     """
@@ -134,6 +136,7 @@ class Hardware:
     intra_node: Link
     inter_node: Link | None
     unit_fits: dict[str, UnitFit]
+    slowdown_beside_transfers: dict[str, float] = dataclasses.field(default_factory=dict)
     update_milliseconds_per_gigaparameter: float | None = None
 
     @property
@@ -187,9 +190,10 @@ def read(record, name: str) -> Hardware:
     fail = functools.partial(_fail, f"hardware {name}")
     if hardware.source not in SOURCES:
         fail("source", hardware.source, f"one of {', '.join(SOURCES)}")
-    for unit in hardware.unit_fits:
-        if unit not in UNITS:
-            fail("unit_fits", unit, f"of the units {', '.join(UNITS)}")
+    for field in ("unit_fits", "slowdown_beside_transfers"):
+        for unit in getattr(hardware, field):
+            if unit not in UNITS:
+                fail(field, unit, f"of the units {', '.join(UNITS)}")
     return hardware
 
 
@@ -204,7 +208,7 @@ def _dataclass(kind, record, where: str):
     for name, field in fields.items():
         if name in record:
             values[name] = _value(field.type, record[name], where, name)
-        elif field.default is dataclasses.MISSING:
+        elif field.default is field.default_factory is dataclasses.MISSING:
             _fail(where, name, None, "given")
     return kind(**values)
 
