@@ -19,7 +19,7 @@ def resolve(config: Config, hardware_name: str | None = None) -> Config:
     hardware = load(hardware_name) if hardware_name else _hardware_of(devices[0].device_kind)
     # The split that stands there counts for its tokens alone.
     config = search.without_auto(config)
-    fixed = search.Fixed(tokens_per_step=config.tokens_per_step)
+    fixed = search.Fixed(tokens_per_step=config.tokens_per_step, recompute=config.run.recompute)
     found = [
         best
         for placement in search.PLACEMENTS

@@ -12,7 +12,7 @@ import dataclasses
 import rich.console
 import rich.table
 
-from disag_jax.config import Config
+from disag_jax.config import Config, Recompute
 from disag_jax.errors import ConfigError
 from disag_jax.memory import in_words as bytes_in_words
 from disag_jax.planner import pictures
@@ -197,6 +197,9 @@ if __name__ == "__main__":
             "tokens_per_worker",
         )
     }  # fmt: skip
+    _FIXED["recompute"] = flags.DEFINE_enum_class(
+        "recompute", None, Recompute, "keep run.recompute at this; by default as little as fits"
+    )
     _TIMELINE = flags.DEFINE_string("timeline", None, "JSON file for Perfetto to write")
     _PLOT = flags.DEFINE_string("plot", None, "PNG file to draw")
     flags.mark_flags_as_required(["config", "hardware", "num_devices"])

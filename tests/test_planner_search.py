@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from configs import balanced, qwen3_235b
 from disag_jax import plan
-from disag_jax.config import PlacementKind
+from disag_jax.config import PlacementKind, Recompute
 from disag_jax.errors import ConfigError
 from disag_jax.planner import hardware, search
 from disag_jax.planner.advice import advise
@@ -43,16 +43,30 @@ def small(micro_batches=8, sequence_length=1024, **model):
 )
 def test_the_search_finds_what_trying_everything_finds(devices, micro_batches, kind, length, top_k):
     config = small(micro_batches, length, top_k=top_k)
-    times = {
-        search.in_words(one): step_seconds(one, H100) / one.tokens_per_step
-        for one in search.candidates(config, devices, kind)
-        if predict(one, H100).fits
-    }
+    times = {}
+    for one in search.candidates(config, devices, kind):
+        kept = [search.with_recompute(one, policy) for policy in search.LEAST_RECOMPUTE_FIRST]
+        fitting = [policy for policy in kept if predict(policy, H100).fits]
+        if fitting:
+            name = search.in_words(fitting[0])
+            times[name] = step_seconds(fitting[0], H100) / one.tokens_per_step
     found = search.search(config, H100, devices, kind)
     assert found.num_candidates == len(times)
     assert found.seconds_per_token == pytest.approx(min(times.values()), rel=1e-12)
     best = times[search.in_words(found.config)]
     assert best == pytest.approx(min(times.values()), rel=1e-12)
+
+
+def test_as_little_is_recomputed_as_fits():
+    config, kind, policies = small(), PlacementKind.DISAGGREGATED, {}
+    for gibibytes in (80, 68, 60):
+        device = dataclasses.replace(H100, memory_gibibytes=gibibytes)
+        found = search.search(config, device, 2, kind, Fixed(tokens_per_worker=16_384))
+        policies[gibibytes] = found and found.config.run.recompute
+    assert policies[80] is Recompute.NONE and policies[60] is None
+    assert policies[68] in (Recompute.SELECTIVE, Recompute.FULL)
+    fixed = Fixed(recompute=Recompute.FULL)
+    assert search.search(config, H100, 2, kind, fixed).config.run.recompute is Recompute.FULL
 
 
 @pytest.mark.parametrize("kind", search.PLACEMENTS)

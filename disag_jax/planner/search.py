@@ -8,7 +8,7 @@ simulated step: what is found is the best of all that `candidates` lists, and al
 import dataclasses
 from collections.abc import Iterator
 
-from disag_jax.config import Config, PlacementKind
+from disag_jax.config import Config, PlacementKind, Recompute
 from disag_jax.errors import ConfigError
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.hardware import Hardware
@@ -25,6 +25,7 @@ from disag_jax.planner.sizes import Sizes
 RATIO_PARTS = 16
 MOST_TOKENS_PER_WORKER = 65_536
 
+LEAST_RECOMPUTE_FIRST = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
 PLACEMENTS = (PlacementKind.DISAGGREGATED, PlacementKind.COLOCATED)
 
 # How much a step's tokens may differ from the config's where a split does not divide them.
@@ -37,6 +38,7 @@ class Fixed:
 
     Attributes:
       tokens_per_step: exactly so many; None lets them differ by `TOKEN_TOLERANCE`.
+      recompute: as in RunConfig; None recomputes as little as fits.
     """
 
     replicas: int | None = None
@@ -46,10 +48,13 @@ class Fixed:
     hop: int | None = None
     tokens_per_worker: int | None = None
     tokens_per_step: int | None = None
+    recompute: Recompute | None = None
 
     def allows(self, config: Config) -> bool:
         """Whether a config has all the values that are fixed."""
         for field in dataclasses.fields(self):
+            if field.name == "recompute":
+                continue  # the search sets it
             wanted = getattr(self, field.name)
             holder = next(
                 part for part in (config, config.batch, config.split) if hasattr(part, field.name)
@@ -128,15 +133,12 @@ def search(
     load_factor: float | None = None,
 ) -> Found | None:
     """The split with the least time per token, or None where none fits the memory."""
-    bounded, order = [], 0
-    for candidate in candidates(config, num_devices, placement, fixed):
-        load = expected_load_factor(candidate) if load_factor is None else load_factor
-        sizes = Sizes.of(candidate, load)
-        if missing_bytes(predict_memory(sizes), hardware):
-            continue
-        costs = Costs(sizes, hardware)
-        bounded.append((least_seconds(costs) / candidate.tokens_per_step, order, costs))
-        order += 1
+    fixed = fixed or Fixed()
+    fitting = _fitting(config, hardware, num_devices, placement, fixed, load_factor)
+    bounded = [
+        (least_seconds(costs) / costs.config.tokens_per_step, order, costs)
+        for order, costs in enumerate(fitting)
+    ]
     best, num_simulated = None, 0
     for bound, _, costs in sorted(bounded, key=lambda item: item[:2]):
         if best and bound >= best.seconds_per_token:
@@ -157,16 +159,35 @@ def splits_that_fit(
     fixed: fields of `Fixed`.
     """
     by_split: dict[tuple, Found] = {}
-    for candidate in candidates(config, num_devices, placement, Fixed(**fixed)):
-        sizes = Sizes.of(candidate, expected_load_factor(candidate))
-        if missing_bytes(predict_memory(sizes), hardware):
-            continue
-        costs = Costs(sizes, hardware)
-        found = Found(candidate, total_seconds(costs, simulate_step(costs)), 1, 1)
-        key = split_key(candidate)
+    for costs in _fitting(config, hardware, num_devices, placement, Fixed(**fixed)):
+        found = Found(costs.config, total_seconds(costs, simulate_step(costs)), 1, 1)
+        key = split_key(costs.config)
         if key not in by_split or found.seconds_per_token < by_split[key].seconds_per_token:
             by_split[key] = found
     return sorted(by_split.values(), key=lambda found: found.seconds_per_token)
+
+
+def _fitting(
+    config: Config,
+    hardware: Hardware,
+    num_devices: int,
+    placement: PlacementKind,
+    fixed: Fixed,
+    load_factor: float | None = None,
+) -> Iterator[Costs]:
+    """The candidates that fit the memory, each recomputing as little as lets it fit."""
+    for candidate in candidates(config, num_devices, placement, fixed):
+        load = expected_load_factor(candidate) if load_factor is None else load_factor
+        for recompute in [fixed.recompute] if fixed.recompute else LEAST_RECOMPUTE_FIRST:
+            sizes = Sizes.of(with_recompute(candidate, recompute), load)
+            if not missing_bytes(predict_memory(sizes), hardware):
+                yield Costs(sizes, hardware)
+                break
+
+
+def with_recompute(config: Config, recompute: Recompute) -> Config:
+    """The config with `run.recompute` set."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, recompute=recompute))
 
 
 def neighbours(found: Config, num_devices: int) -> list[tuple[str, Config]]:
@@ -218,6 +239,7 @@ def refusal(
     least, where = None, None
     for placement in PLACEMENTS:
         for candidate in candidates(config, num_devices, placement, fixed):
+            candidate = with_recompute(candidate, fixed.recompute or Recompute.FULL)
             missing = missing_bytes(predict_memory(Sizes.of(candidate)), hardware)
             if least is None or sum(missing.values()) < sum(least.values()):
                 least, where = missing, candidate
@@ -244,7 +266,8 @@ def in_words(config: Config) -> str:
     hop = "" if split.hop == 1 else f", hop {split.hop}"
     return (
         f"{split.replicas} x {split.stages} stages x ({roles}){hop}, "
-        f"{batch.micro_batches} micro-batches of {batch.tokens_per_worker:,} tokens"
+        f"{batch.micro_batches} micro-batches of {batch.tokens_per_worker:,} tokens, recompute "
+        f"{config.run.recompute}"
     )
 
 
