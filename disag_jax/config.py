@@ -179,6 +179,8 @@ class RunConfig:
       eval_batches: steps' worth of held-out text per evaluation.
       keep_checkpoints: newest checkpoints that stay.
       keep_checkpoint_every: checkpoints of its multiples stay for ever; 0 means of no step.
+      max_skipped_steps: the run stops after so many steps in a row whose loss or gradient is not
+        finite; each of them leaves the parameters as they are.
       start_timeout_seconds: how long processes wait for each other at the start.
       heartbeat_timeout_seconds: silence after which a process counts as lost.
       peak_tflops_per_device: what MFU is measured against, in TFLOP/s; None takes the data sheet's
@@ -195,6 +197,7 @@ class RunConfig:
     checkpoint_every: int = 0
     keep_checkpoints: int = 3
     keep_checkpoint_every: int = 0
+    max_skipped_steps: int = 10
     start_timeout_seconds: int = 300
     heartbeat_timeout_seconds: int = 100
     peak_tflops_per_device: float | None = None
@@ -373,7 +376,7 @@ _POSITIVE = {
     "batch": ("sequence_length", "tokens_per_worker", "micro_batches"),
     "optimizer": ("peak_learning_rate", "eps", "max_grad_norm"),
     "run": ("num_steps", "loss_chunk", "log_every", "eval_batches", "keep_checkpoints",
-        "start_timeout_seconds", "heartbeat_timeout_seconds",
+        "max_skipped_steps", "start_timeout_seconds", "heartbeat_timeout_seconds",
     ),
 }  # fmt: skip
 

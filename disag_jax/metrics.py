@@ -34,8 +34,15 @@ class StepMeter:
         """Takes one step's metrics: those of `Stepper.train_step`, step and input wait seconds."""
         self._steps.append(metrics)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was no step since the last record."""
+        return not self._steps
+
     def record(self, step: int) -> dict:
         """What the steps since the last record did, after which a new one begins.
+
+        A skipped step, which has bad numbers, is not among them.
 
         Means over the steps:
           loss, balance_loss, z_loss, total_loss, learning_rate, gradient_norm and

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from disag_jax import processes, startup_report
+from disag_jax.bad_numbers import SkippedSteps
 from disag_jax.checkpoint import Checkpoints
 from disag_jax.config import Config, ConfigError, Dtype
 from disag_jax.display import Display, make_display
@@ -54,8 +55,8 @@ def train(
 
     Results go to `workdir`: config.json, metrics.jsonl, checkpoints/. With `resume` it goes on from
     the checkpoint there of `step`, or from the last, or begins again if there is none yet. Raises
-    ConfigError for the user's mistakes, before anything is compiled, and NonFiniteLossError when
-    training diverges.
+    ConfigError for the user's mistakes, before anything is compiled, and RunError when it
+    cannot go on, such as NonFiniteLossError when training diverges.
     """
     config.validate()
     enable_float64(config)
@@ -143,6 +144,7 @@ def _loop(
     outputs: Outputs,
 ) -> TrainState:
     meter, began = StepMeter(config, stepper.meshes), time.perf_counter()
+    skipped = SkippedSteps(config.run.max_skipped_steps)
     while state.step < config.run.num_steps:
         if outputs.profiler.before_step(state):
             began = time.perf_counter()
@@ -152,11 +154,16 @@ def _loop(
                 batch = batches.take()
             state, metrics = stepper.train_step(state, batch)
         ended = time.perf_counter()
-        meter.add(metrics | watch.seconds | {"step_seconds": ended - began})
+        if metrics["skipped"]:
+            outputs.display.say(skipped.bad(state.step, metrics))
+            outputs.log.write(skipped.record(state.step, metrics))
+        else:
+            skipped.good()
+            meter.add(metrics | watch.seconds | {"step_seconds": ended - began})
+            outputs.display.step(state.step, metrics["loss"])
         began = ended
-        outputs.display.step(state.step, metrics["loss"])
         last = state.step == config.run.num_steps
-        if state.step % config.run.log_every == 0 or last:
+        if (_due(state.step, config.run.log_every) or last) and not meter.is_empty:
             outputs.record(meter.record(state.step))
         if _due(state.step, config.run.checkpoint_every) or (last and config.run.checkpoint_every):
             outputs.checkpoints.save(state, {"config": dataclasses.asdict(config)})

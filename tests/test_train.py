@@ -11,8 +11,9 @@ import pytest
 
 from configs import tiny
 from disag_jax import startup_report, training
+from disag_jax.bad_numbers import NonFiniteLossError
 from disag_jax.config import ConfigError, Dtype, PlacementKind, SplitConfig
-from disag_jax.step import NonFiniteLossError, Stepper
+from disag_jax.step import Stepper
 from tests import support
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -79,19 +80,26 @@ def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
     assert training.train(config, workdir, resume=True) == result
 
 
-def test_nan_loss_stops_the_run_and_says_the_step(small_run, monkeypatch):
+def test_nan_loss_stops_the_run_and_says_the_step(small_run, monkeypatch, capsys):
     config, workdir = small_run
-    init = Stepper.init
+    change(config, "run", max_skipped_steps=3, log_every=2)
+    train_step, last_good = Stepper.train_step, 2
 
-    def broken_init(self, seed):
-        state = init(self, seed)
-        return dataclasses.replace(
-            state, vocabulary={n: x * np.nan for n, x in state.vocabulary.items()}
-        )
+    def diverge(self, state, batch):
+        if state.step == last_good:
+            vocabulary = {name: x * np.nan for name, x in state.vocabulary.items()}
+            state = dataclasses.replace(state, vocabulary=vocabulary)
+        return train_step(self, state, batch)
 
-    monkeypatch.setattr(Stepper, "init", broken_init)
-    with pytest.raises(NonFiniteLossError, match="step 1: loss = nan"):
+    monkeypatch.setattr(Stepper, "train_step", diverge)
+    with pytest.raises(NonFiniteLossError, match=r"step 5: loss = nan .*skipped .* = 3 in a row"):
         training.train(config, workdir)
+    assert "step 4: loss = nan" in capsys.readouterr().out
+    skips = [record for record in records(workdir) if "skipped_steps" in record]
+    assert [(r["step"], r["skipped_steps"]) for r in skips] == [(3, 1), (4, 2)]
+    assert len(skips[0]["non_finite_expert"]) == config.model.num_layers
+    assert all("loss" not in record for record in skips)
+    assert pathlib.Path(workdir, "checkpoints", str(last_good)).is_dir()
 
 
 def change(config, section, **fields):
