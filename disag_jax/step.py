@@ -101,8 +101,8 @@ class Stepper:
         )
         row_grads, vocabulary_grads, router_bias, _ = outputs
         norm = float(metrics["gradient_norm"])
-        # The norm is over all gradients: if it is finite, so are they. It is on the host already, and
-        # equal on all processes, so no update program ever sees a bad number.
+        # The norm is over all gradients: if it is finite, so are they. It is on the host, and the
+        # same on all processes, so no update program ever sees a bad number.
         if not (math.isfinite(metrics["total_loss"]) and math.isfinite(norm)):
             counts = count_non_finite(self.config, self.meshes, row_grads, vocabulary_grads)
             state = dataclasses.replace(state, step=state.step + 1)
