@@ -175,7 +175,8 @@ class RunConfig:
       compute_dtype: type of weights and activations in the units; masters, gradients and optimizer
         state are float32 (float64 with float64).
       loss_chunk: tokens whose logits a worker holds at once.
-      eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never).
+      eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never,
+        except when the run is told to stop).
       eval_batches: steps' worth of held-out text per evaluation.
       keep_checkpoints: newest checkpoints that stay.
       keep_checkpoint_every: checkpoints of its multiples stay for ever; 0 means of no step.

@@ -16,6 +16,7 @@ from disag_jax.display import Display, make_display
 from disag_jax.geometry import enable_float64, placement_of
 from disag_jax.inputs import Inputs, Prefetch, load_inputs
 from disag_jax.metrics import MetricsLog, StepMeter
+from disag_jax.preemption import StopRequest
 from disag_jax.profiling import Profiler, Stopwatch
 from disag_jax.state import TrainState
 from disag_jax.step import Stepper
@@ -49,9 +50,12 @@ def train(
     *,
     resume: bool = False,
     step: int | None = None,
+    stop_after: int | None = None,
     profile_steps: range | None = None,
-) -> dict:
+) -> dict | None:
     """Runs the experiment and returns the last evaluation's results.
+
+    On SIGTERM, or after the step `stop_after`, it saves and returns None.
 
     Results go to `workdir`: config.json, metrics.jsonl, checkpoints/. With `resume` it goes on from
     the checkpoint there of `step`, or from the last, or begins again if there is none yet. Raises
@@ -62,7 +66,9 @@ def train(
     enable_float64(config)
     processes.check_same_config(config)
     meshes = make_meshes(config)
-    processes.check_same_flags(resume=resume, resume_step=step, profile_steps=profile_steps)
+    processes.check_same_flags(
+        resume=resume, resume_step=step, stop_after=stop_after, profile_steps=profile_steps
+    )
     inputs = processes.on_each(lambda: load_inputs(config))
     digest = processes.on_each(inputs.train.digest)
     processes.check_same_text(digest)
@@ -86,6 +92,8 @@ def train(
             f"run.num_steps = {config.run.num_steps} must be at least {state.step}, the step of "
             "the checkpoint that the run goes on from"
         )
+    if stop_after is not None and stop_after <= state.step:
+        raise ConfigError(f"--stop_after = {stop_after} must be after the start, step {state.step}")
     processes.on_first(lambda: directory.write_config(config, digest))
     steps = range(state.step, config.run.num_steps)
     outputs = Outputs(
@@ -97,8 +105,14 @@ def train(
     try:
         outputs.display.say(startup_report.start_up(stepper, inputs.description))
         read = functools.partial(stepper.read_batch, inputs.train)
-        with Prefetch(read, steps, config.data.prefetch_steps) as batches:
-            state = _loop(config, stepper, state, batches, inputs, outputs)
+        with (
+            StopRequest(stop_after) as stop,
+            Prefetch(read, steps, config.data.prefetch_steps) as batches,
+        ):
+            state = _loop(config, stepper, state, batches, inputs, outputs, stop)
+        if state.step < config.run.num_steps:
+            outputs.display.say(startup_report.stopped(state.step))
+            return None
         return _evaluate(stepper, state, inputs, outputs)
     finally:
         outputs.close()
@@ -142,6 +156,7 @@ def _loop(
     batches: Prefetch,
     inputs: Inputs,
     outputs: Outputs,
+    stop: StopRequest,
 ) -> TrainState:
     meter, began = StepMeter(config, stepper.meshes), time.perf_counter()
     skipped = SkippedSteps(config.run.max_skipped_steps)
@@ -162,12 +177,16 @@ def _loop(
             meter.add(metrics | watch.seconds | {"step_seconds": ended - began})
             outputs.display.step(state.step, metrics["loss"])
         began = ended
-        last = state.step == config.run.num_steps
+        stopping = stop.reached(state.step)
+        last = stopping or state.step == config.run.num_steps
         if (_due(state.step, config.run.log_every) or last) and not meter.is_empty:
             outputs.record(meter.record(state.step))
-        if _due(state.step, config.run.checkpoint_every) or (last and config.run.checkpoint_every):
+        saves = stopping or config.run.checkpoint_every > 0
+        if _due(state.step, config.run.checkpoint_every) or (last and saves):
             outputs.checkpoints.save(state, {"config": dataclasses.asdict(config)})
             began = time.perf_counter()
+        if stopping:
+            break
         if _due(state.step, config.run.eval_every) and not last:
             _evaluate(stepper, state, inputs, outputs)
             began = time.perf_counter()
