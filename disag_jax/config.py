@@ -182,6 +182,7 @@ class RunConfig:
       keep_checkpoint_every: checkpoints of its multiples stay for ever; 0 means of no step.
       max_skipped_steps: the run stops after so many steps in a row whose loss or gradient is not
         finite; each of them leaves the parameters as they are.
+      max_failed_checkpoints: the run stops after so many in a row that could not be saved.
       start_timeout_seconds: how long processes wait for each other at the start.
       heartbeat_timeout_seconds: silence after which a process counts as lost.
       peak_tflops_per_device: what MFU is measured against, in TFLOP/s; None takes the data sheet's
@@ -199,6 +200,7 @@ class RunConfig:
     keep_checkpoints: int = 3
     keep_checkpoint_every: int = 0
     max_skipped_steps: int = 10
+    max_failed_checkpoints: int = 3
     start_timeout_seconds: int = 300
     heartbeat_timeout_seconds: int = 100
     peak_tflops_per_device: float | None = None
@@ -377,7 +379,8 @@ _POSITIVE = {
     "batch": ("sequence_length", "tokens_per_worker", "micro_batches"),
     "optimizer": ("peak_learning_rate", "eps", "max_grad_norm"),
     "run": ("num_steps", "loss_chunk", "log_every", "eval_batches", "keep_checkpoints",
-        "max_skipped_steps", "start_timeout_seconds", "heartbeat_timeout_seconds",
+        "max_skipped_steps", "max_failed_checkpoints", "start_timeout_seconds",
+        "heartbeat_timeout_seconds",
     ),
 }  # fmt: skip
 

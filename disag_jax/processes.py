@@ -1,5 +1,6 @@
 """Several processes running one program: joining, agreeing, and letting one speak for all."""
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -12,6 +13,7 @@ import zlib
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from disag_jax.config import Config
@@ -20,6 +22,7 @@ from disag_jax.workdir import Workdir
 
 # A sentence for the other processes, in bytes; longer ones are cut.
 SENTENCE_BYTES = 1024
+SLOWEST_WRITE_SECONDS = 1200
 UNFORESEEN = "another process failed; its own message says why"
 
 
@@ -91,13 +94,7 @@ def _agree(action):
             sentence = str(error)
         except Exception as error:
             sentence, failure = UNFORESEEN, error
-    if jax.process_count() > 1:
-        encoded = np.zeros(SENTENCE_BYTES, np.uint8)
-        text = sentence.encode()[:SENTENCE_BYTES]
-        encoded[: len(text)] = np.frombuffer(text, np.uint8)
-        everyone = np.asarray(multihost_utils.process_allgather(encoded))
-        said = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in everyone]
-        sentence = next((s for s in said if s), "")
+    sentence = first_sentence(sentence)
     if failure is not None:
         raise failure
     if sentence == UNFORESEEN:
@@ -105,6 +102,73 @@ def _agree(action):
     if sentence:
         raise ConfigError(sentence)
     return result
+
+
+def first_sentence(sentence: str) -> str:
+    """The sentence of the first process that has one, on all of them; empty if none has."""
+    if jax.process_count() == 1:
+        return sentence
+    encoded = np.zeros(SENTENCE_BYTES, np.uint8)
+    text = sentence.encode()[:SENTENCE_BYTES]
+    encoded[: len(text)] = np.frombuffer(text, np.uint8)
+    everyone = np.asarray(multihost_utils.process_allgather(encoded))
+    said = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in everyone]
+    return next((s for s in said if s), "")
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is True in any process; all must ask together."""
+    return bool(first_sentence("yes" if flag else ""))
+
+
+def first_failure(action) -> str:
+    """Runs `action()`, or nothing for None, and tells all processes what went wrong in one.
+
+    Returns the sentence of the first process whose action failed; empty if none did.
+    """
+    try:
+        if action is not None:
+            action()
+        sentence = ""
+    except Exception as error:
+        sentence = describe(error)
+    return first_sentence(sentence)
+
+
+async def share_failure(name: str, work) -> str:
+    """Awaits `work` and tells all processes what went wrong in one, as `first_failure` does.
+
+    For threads in the background: no program runs on the devices. `name` must be new.
+    """
+    try:
+        await work
+        sentence = ""
+    except Exception as error:
+        sentence = describe(error)
+    if jax.process_count() == 1:
+        return sentence
+    return await asyncio.to_thread(_first_by_name, name, sentence)
+
+
+def _first_by_name(name: str, sentence: str) -> str:
+    store = key_value_store()
+    store.key_value_set(f"{name}/{jax.process_index()}", sentence)
+    keys = (f"{name}/{process}" for process in range(jax.process_count()))
+    # A lost process ends the run (disag_jax/watchdog.py); a slow disk is waited for.
+    said = [store.blocking_key_value_get(key, SLOWEST_WRITE_SECONDS * 1000) for key in keys]
+    return next((s for s in said if s), "")
+
+
+def key_value_store():
+    """The strings that the processes of a run share; they are with process 0."""
+    # JAX has no public name for it.
+    return distributed.global_state.client
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def check_same_config(config: Config):

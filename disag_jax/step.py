@@ -39,6 +39,19 @@ class BucketChooser:
         self.current = options[0]
         self._recent = collections.deque(maxlen=BUCKET_MEMORY)
 
+    @property
+    def memory(self) -> dict:
+        """What decides about the next steps, as JSON."""
+        recent = [dataclasses.astuple(needed) for needed in self._recent]
+        return {"current": dataclasses.astuple(self.current), "recent": recent}
+
+    def remember(self, memory: dict):
+        """Goes on as the chooser that had this `memory`; under another split it begins anew."""
+        current = Bucket(*memory["current"])
+        if current in self.options:
+            self.current = current
+            self._recent.extend(Bucket(*needed) for needed in memory["recent"])
+
     def overflowed(self, needed: Bucket) -> bool:
         """Whether a run in the current bucket that needed this much must be repeated.
 

@@ -15,6 +15,7 @@ import pathlib
 import numpy as np
 
 from disag_jax.config import ConfigError
+from disag_jax.files import write_json
 
 DTYPES = ("uint16", "uint32")
 
@@ -100,16 +101,6 @@ def header_path(path) -> pathlib.Path:
 def write_header(path, header: Header):
     """Writes the header of a token file, which is complete from then on."""
     write_json(header_path(path), dataclasses.asdict(header))
-
-
-def write_json(path: pathlib.Path, value: dict):
-    """Replaces a file in one step: whenever the process ends, it is the old one or the new one."""
-    new = path.with_name(path.name + ".new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
 
 
 class TokenWriter:

@@ -1,6 +1,5 @@
 """The training run, act by act: devices, input, state, report, loop, held-out evaluation."""
 
-import dataclasses
 import functools
 import math
 import time
@@ -12,36 +11,18 @@ from disag_jax import processes, startup_report
 from disag_jax.bad_numbers import SkippedSteps
 from disag_jax.checkpoint import Checkpoints
 from disag_jax.config import Config, ConfigError, Dtype
-from disag_jax.display import Display, make_display
+from disag_jax.display import make_display
 from disag_jax.geometry import enable_float64, placement_of
 from disag_jax.inputs import Inputs, Prefetch, load_inputs
-from disag_jax.metrics import MetricsLog, StepMeter
+from disag_jax.metrics import StepMeter
+from disag_jax.metrics_log import MetricsLog
+from disag_jax.outputs import Outputs
 from disag_jax.preemption import StopRequest
 from disag_jax.profiling import Profiler, Stopwatch
 from disag_jax.state import TrainState
 from disag_jax.step import Stepper
 from disag_jax.workdir import Workdir
 from mesh.placement import Meshes
-
-
-@dataclasses.dataclass(frozen=True)
-class Outputs:
-    """Where the results of a run go."""
-
-    display: Display
-    log: MetricsLog
-    checkpoints: Checkpoints
-    profiler: Profiler
-
-    def record(self, record: dict):
-        self.log.write(record)
-        self.display.record(record)
-
-    def close(self):
-        self.profiler.close()
-        self.checkpoints.close()
-        self.log.close()
-        self.display.close()
 
 
 def train(
@@ -84,7 +65,10 @@ def train(
         keep_every=config.run.keep_checkpoint_every,
     )
     if resume and (step is not None or checkpoints.steps()):
-        state = checkpoints.restore(step)[0]
+        state, extra = checkpoints.restore(step)
+        # A step in another bucket sums in another order. Older checkpoints have no such entry.
+        if "buckets" in extra:
+            stepper.chooser.remember(extra["buckets"])
     else:
         state = stepper.init(config.run.seed)
     if state.step > config.run.num_steps:
@@ -97,10 +81,11 @@ def train(
     processes.on_first(lambda: directory.write_config(config, digest))
     steps = range(state.step, config.run.num_steps)
     outputs = Outputs(
-        display=make_display(config),
-        log=MetricsLog(directory.metrics, directory.tensorboard, next_step=state.step + 1),
-        checkpoints=checkpoints,
-        profiler=Profiler(directory.profile, profile_steps),
+        config,
+        make_display(config),
+        MetricsLog(directory.metrics, directory.tensorboard, next_step=state.step + 1),
+        checkpoints,
+        Profiler(directory.profile, profile_steps),
     )
     try:
         outputs.display.say(startup_report.start_up(stepper, inputs.description))
@@ -110,10 +95,13 @@ def train(
             Prefetch(read, steps, config.data.prefetch_steps) as batches,
         ):
             state = _loop(config, stepper, state, batches, inputs, outputs, stop)
-        if state.step < config.run.num_steps:
+        result = None
+        if state.step == config.run.num_steps:
+            result = _evaluate(stepper, state, inputs, outputs)
+        outputs.finish(state.step)
+        if result is None:
             outputs.display.say(startup_report.stopped(state.step))
-            return None
-        return _evaluate(stepper, state, inputs, outputs)
+        return result
     finally:
         outputs.close()
 
@@ -171,7 +159,7 @@ def _loop(
         ended = time.perf_counter()
         if metrics["skipped"]:
             outputs.display.say(skipped.bad(state.step, metrics))
-            outputs.log.write(skipped.record(state.step, metrics))
+            outputs.write(skipped.record(state.step, metrics))
         else:
             skipped.good()
             meter.add(metrics | watch.seconds | {"step_seconds": ended - began})
@@ -181,9 +169,10 @@ def _loop(
         last = stopping or state.step == config.run.num_steps
         if (_due(state.step, config.run.log_every) or last) and not meter.is_empty:
             outputs.record(meter.record(state.step))
+            outputs.settle(state.step)
         saves = stopping or config.run.checkpoint_every > 0
         if _due(state.step, config.run.checkpoint_every) or (last and saves):
-            outputs.checkpoints.save(state, {"config": dataclasses.asdict(config)})
+            outputs.save(state, stepper.chooser.memory)
             began = time.perf_counter()
         if stopping:
             break
@@ -208,7 +197,7 @@ def _evaluate(stepper: Stepper, state: TrainState, inputs: Inputs, outputs: Outp
     }
     if inputs.tokens_per_byte is not None:
         result["bits_per_byte"] = loss / math.log(2) * inputs.tokens_per_byte
-    outputs.log.write(result)
+    outputs.write(result)
     outputs.display.say(startup_report.evaluation(result))
     return result
 

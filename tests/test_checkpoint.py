@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from disag_jax import checkpoint
-from disag_jax.checkpoint import Checkpoints, SavedCheckpoint, UnreadableCheckpointError
+from disag_jax.checkpoint import Checkpoints, SaveFailedError
 from disag_jax.config import ConfigError, PlacementKind, SplitConfig
 from disag_jax.logical import state_maps
+from disag_jax.saved_checkpoint import SavedCheckpoint, UnreadableCheckpointError
 from disag_jax.state import StateManager
 from disag_jax.step import Stepper
 from tests import support
@@ -194,22 +195,25 @@ def test_another_course_after_an_older_step(small, tmp_path):
     assert again.steps() == [2, 3, 4]
 
 
-def test_a_failed_write_is_reported_and_leaves_no_checkpoint(small, tmp_path, monkeypatch):
+def test_a_failed_write_is_reported_and_leaves_the_others(small, tmp_path, monkeypatch):
     manager, state = small
-    checkpoints = Checkpoints(tmp_path, manager)
+    checkpoints = Checkpoints(tmp_path, manager, keep_last=1)
+    save_steps(checkpoints, state, [1])
+    checkpoints.wait()
 
     async def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "_write_leaf", fail)
-    save_steps(checkpoints, state, [1])
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.wait()
-    monkeypatch.undo()
-    again = Checkpoints(tmp_path, manager)
-    assert again.steps() == []
-    save_steps(again, state, [1])
-    assert again.steps() == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_leaf", fail)
+        save_steps(checkpoints, state, [2])
+        with pytest.raises(SaveFailedError, match=r"of step 2 could not be saved: disk full"):
+            checkpoints.wait()
+    assert checkpoints.steps() == [1]
+    save_steps(checkpoints, state, [3])
+    assert checkpoints.steps() == [3]
+    assert [path.name for path in tmp_path.iterdir()] == ["3"], "the broken one is cleaned up"
+    checkpoints.close()
 
 
 def test_no_checkpoint(small, tmp_path):
@@ -292,3 +296,25 @@ def test_damage(file, damage, small, tmp_path):
         with pytest.raises(UnreadableCheckpointError, match=message):
             saved = SavedCheckpoint.open(tmp_path)
             saved.params(), saved.router_bias()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(small, tmp_path):
+    manager, state = small
+    checkpoints = Checkpoints(tmp_path, manager)
+    save_steps(checkpoints, state, [1, 2, 3])
+    checkpoints.close()
+    flip_a_bit(tmp_path / "3" / CHUNK)
+    shorten(tmp_path / "2" / CHUNK)
+    again = Checkpoints(tmp_path, manager)
+    restored, _ = again.restore()
+    assert restored.step == again.last_good == 1
+    for step, sentence in zip((3, 2), again.damage, strict=True):
+        assert f"the checkpoint of step {step} in {tmp_path} cannot be read" in sentence
+    with pytest.raises(UnreadableCheckpointError, match=r"of step 3 .* cannot be read"):
+        again.restore(3)
+    again.restore()
+    save_steps(again, restored, [2])
+    assert again.steps() == [1, 2], "the damaged ones have gone with the course they were of"
+    flip_a_bit(tmp_path / "1" / CHUNK), flip_a_bit(tmp_path / "2" / CHUNK)
+    with pytest.raises(UnreadableCheckpointError, match=r"of step 2 .*; .* of step 1 "):
+        again.restore()

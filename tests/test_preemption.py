@@ -8,8 +8,8 @@ import time
 import pytest
 
 from disag_jax import training
-from disag_jax.checkpoint import saved_steps
 from disag_jax.config import ConfigError
+from disag_jax.saved_checkpoint import saved_steps
 from disag_jax.step import Stepper
 from tests import launching
 from tests.launching import PAIR, TIMEOUT_SECONDS, finish, read_records

@@ -26,6 +26,8 @@ def records(workdir) -> list[dict]:
 def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
     config, workdir = small_run
     result = training.train(config, workdir, profile_steps=range(4, 5))
+    saves = [r for r in records(workdir) if "checkpoint_seconds" in r]
+    assert [r["step"] for r in saves] == [2, 4, 6] and saves[0]["checkpoint_seconds"] > 0
     printed = capsys.readouterr().out
     for fact in ("split", "experts 0-1", "parameters", "periods a step", "held-out loss", "bigram"):
         assert fact in printed
@@ -54,8 +56,9 @@ def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
         ConfigError, match=r"run.num_steps = 5 must be at least 6, the step of the ch"
     ):
         training.train(shorter, workdir, resume=True)
+    written = len(records(workdir))
     training.train(config, workdir, resume=True, step=4)
-    again = [r for r in records(workdir)[len(steps) + 2 :] if "loss" in r]
+    again = [r for r in records(workdir)[written:] if "loss" in r]
     assert [r["step"] for r in again] == [5, 6]
     for first, second in zip(steps[4:], again, strict=True):
         assert first["loss"] == second["loss"] and first["gradient_norm"] == second["gradient_norm"]
