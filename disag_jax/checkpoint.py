@@ -31,9 +31,9 @@ from disag_jax.errors import RunError
 from disag_jax.logical import LeafMap, state_maps
 from disag_jax.saved_checkpoint import (
     ARRAYS,
-    READ_OPTIONS,
     UnreadableCheckpointError,
     existing_step,
+    open_array,
     read_metadata,
     reading,
     saved_steps,
@@ -349,7 +349,8 @@ async def _read_leaf(root, leaf: Leaf) -> jax.Array:
         devices_of[str(index)].append((device, index))
     buffers = []
     if devices_of:
-        store = await ts.open(storage(root, leaf.name) | READ_OPTIONS, open=True)
+        logical = jax.ShapeDtypeStruct(leaf.leaf_map.logical_shape, leaf.physical.dtype)
+        store = await open_array(root, leaf.name, logical)
     for alike in devices_of.values():
         located = leaf.leaf_map.locate(alike[0][1])
         values = await store.oindex[located.targets].read()

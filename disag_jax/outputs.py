@@ -16,6 +16,7 @@ from disag_jax.errors import RunError
 from disag_jax.metrics_log import MetricsLog
 from disag_jax.profiling import Profiler
 from disag_jax.state import TrainState
+from disag_jax.watchdog import Watchdog
 
 
 class Outputs:
@@ -27,10 +28,13 @@ class Outputs:
         display: Display,
         log: MetricsLog,
         checkpoints: Checkpoints,
+        watchdog: Watchdog,
         profiler: Profiler,
     ):
         self.display, self.profiler = display, profiler
         self._config, self._log, self._checkpoints = config, log, checkpoints
+        self._watchdog = watchdog
+        watchdog.last_good(checkpoints.describe_last_good())
         self._failed = 0
         for sentence in checkpoints.damage:
             display.say(f"warning: {sentence}; it is passed over")
@@ -42,10 +46,12 @@ class Outputs:
         except OSError as error:
             self.display.say(f"warning: the record of step {record['step']} is lost: {error}")
 
-    def record(self, record: dict):
+    def record(self, record: dict, warnings: list[str]):
         """Writes and shows what the steps since the last record did."""
         self.write(record)
         self.display.record(record)
+        for warning in warnings:
+            self.display.say(f"warning: step {record['step']}: {warning}")
 
     def save(self, state: TrainState, buckets: dict):
         """Begins a checkpoint and logs `checkpoint_seconds`, how long that kept the loop waiting.
@@ -56,6 +62,7 @@ class Outputs:
         `run.max_failed_checkpoints` in a row.
         """
         began = time.perf_counter()
+        self._watchdog.at(f"the checkpoint of step {state.step}")
         self._settle(self._checkpoints.wait, state.step)
         extra = {"config": dataclasses.asdict(self._config), "buckets": buckets}
         self._settle(lambda: self._checkpoints.save(state, extra), state.step)
@@ -92,6 +99,7 @@ class Outputs:
             self.write({"step": step, "failed_checkpoints": self._failed})
         if self._checkpoints.last_good != good:
             self._failed = 0
+            self._watchdog.last_good(self._checkpoints.describe_last_good())
         if self._failed == self._config.run.max_failed_checkpoints:
             raise RunError(
                 f"run.max_failed_checkpoints = {self._failed} in a row could not be saved; "

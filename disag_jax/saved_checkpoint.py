@@ -1,16 +1,18 @@
 """A checkpoint as it lies on disk: the logical model, read by programs that know of no split."""
 
+import asyncio
 import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 import tensorstore as ts
 
 from disag_jax.config import ConfigError
@@ -18,8 +20,16 @@ from disag_jax.config import ConfigError
 # "state" is not possible: Orbax gives that name to a handler of its own.
 ARRAYS = "arrays"
 
-# A chunk that is missing is damage, not zeros.
-READ_OPTIONS = {"fill_missing_data_reads": False}
+# Orbax's name of a checkpoint's metadata.
+METADATA = "_CHECKPOINT_METADATA"
+# A leaf's name is its directory: none leads out of the checkpoint.
+LEAF_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
+LEAF_TYPE = re.compile(
+    r"(?P<dtype>float64|float32|bfloat16|float16|int64|int32|uint32)"
+    r"\[(?P<shape>([1-9]\d{0,11}(, [1-9]\d{0,11})*)?)\]",
+    re.ASCII,
+)
+MOST_ELEMENTS = 2**48
 
 
 class UnreadableCheckpointError(ConfigError):
@@ -85,8 +95,11 @@ class SavedCheckpoint:
     def read(self, name: str) -> np.ndarray:
         """One of the `leaves`, in logical form."""
         with reading(self.directory, self.step):
-            spec = storage(self.path / ARRAYS, name) | READ_OPTIONS
-            return ts.open(spec, open=True).result().read().result()
+            return asyncio.run(self._read(name))
+
+    async def _read(self, name: str) -> np.ndarray:
+        store = await open_array(self.path / ARRAYS, name, self.leaves[name])
+        return await store.read()
 
 
 def saved_steps(directory) -> list[int]:
@@ -125,29 +138,56 @@ class Metadata:
 def read_metadata(directory: str, step: int) -> Metadata:
     """The metadata of a checkpoint; UnreadableCheckpointError if it is damaged."""
     with reading(directory, step):
-        found = ocp.checkpointables_metadata(os.path.join(directory, str(step)))
-        custom = found.custom_metadata or {}
-        if "leaves" not in custom:
-            raise ValueError("its metadata is missing")
-        return Metadata(custom["leaves"], custom["extra"], found.commit_timestamp)
+        # Read as plain JSON: nothing in it names code to run.
+        fields = json.loads(pathlib.Path(directory, str(step), METADATA).read_text("utf-8"))
+        custom = _field(fields, "custom_metadata", dict)
+        leaves = _field(custom, "leaves", dict)
+        for name, text in leaves.items():
+            if not LEAF_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} must be a name of an array")
+            _parse_type(text)
+        written = _field(fields, "commit_timestamp_nsecs", int | None)
+        if written is not None:
+            written = datetime.datetime.fromtimestamp(written / 1e9, datetime.UTC)
+        return Metadata(leaves, _field(custom, "extra", dict), written)
+
+
+def _field(fields, name: str, kind):
+    if not isinstance(fields, dict) or not isinstance(fields.get(name), kind):
+        raise ValueError(f"its metadata must have the field {name}")
+    return fields.get(name)
 
 
 @contextlib.contextmanager
 def reading(directory: str, step: int):
     try:
         yield
-    except (KeyError, OSError, ValueError) as error:
-        # Orbax hides what a handler raised behind a KeyError of its own.
-        cause = error.__cause__ or error
+    except (OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         raise UnreadableCheckpointError(
-            f"the checkpoint of step {step} in {directory} cannot be read: {cause}"
-        ) from cause
+            f"the checkpoint of step {step} in {directory} cannot be read: {error}"
+        ) from error
 
 
-def _parse_type(text: str) -> jax.ShapeDtypeStruct:
+def _parse_type(text) -> jax.ShapeDtypeStruct:
     """The inverse of `Leaf.logical_type`."""
-    dtype, shape = text.split("[")
-    return jax.ShapeDtypeStruct(json.loads(f"[{shape}"), np.dtype(dtype))
+    match = LEAF_TYPE.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"{text!r} must be the type of an array, such as 'float32[4, 64]'")
+    shape = tuple(json.loads(f"[{match['shape']}]"))
+    if math.prod(shape) > MOST_ELEMENTS:
+        raise ValueError(f"{text!r} must be the type of an array that exists")
+    return jax.ShapeDtypeStruct(shape, np.dtype(match["dtype"]))
+
+
+async def open_array(root, name: str, expected: jax.ShapeDtypeStruct) -> ts.TensorStore:
+    """An array to read below `root`, of the shape and type that the metadata says."""
+    options = {"fill_missing_data_reads": False}  # a chunk that is missing is damage, not zeros
+    store = await ts.open(storage(root, name) | options, open=True)
+    if (store.shape, store.dtype.numpy_dtype) != (expected.shape, expected.dtype):
+        raise ValueError(
+            f"{name} must be {expected.dtype}{list(expected.shape)}, not {store.spec()}"
+        )
+    return store
 
 
 def storage(root, name: str) -> dict:

@@ -13,7 +13,7 @@ from disag_jax import memory
 from disag_jax import optimizer as optimizer_lib
 from disag_jax.bad_numbers import count_non_finite
 from disag_jax.batches import Batch, Batches
-from disag_jax.config import Config
+from disag_jax.config import Config, ConfigError
 from disag_jax.geometry import Bucket, buckets, make_geometry
 from disag_jax.pipeline import PER_WORKER, evaluation_program, gradient_program
 from disag_jax.profiling import Stopwatch
@@ -46,11 +46,18 @@ class BucketChooser:
         return {"current": dataclasses.astuple(self.current), "recent": recent}
 
     def remember(self, memory: dict):
-        """Goes on as the chooser that had this `memory`; under another split it begins anew."""
-        current = Bucket(*memory["current"])
+        """Goes on as the chooser that had this `memory`; under another split it begins anew.
+
+        ConfigError if it is the memory of no chooser.
+        """
+        try:
+            current, recent = Bucket(*memory["current"]), [Bucket(*n) for n in memory["recent"]]
+            _fits(max(recent, default=current), current)  # TypeError unless these are numbers
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"buckets = {memory!r} of a checkpoint must be buckets") from error
         if current in self.options:
             self.current = current
-            self._recent.extend(Bucket(*needed) for needed in memory["recent"])
+            self._recent.extend(recent)
 
     def overflowed(self, needed: Bucket) -> bool:
         """Whether a run in the current bucket that needed this much must be repeated.

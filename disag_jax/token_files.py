@@ -131,7 +131,7 @@ def _read_header(path: str, name: str) -> Header:
     file = header_path(path)
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{name} must have a header {file.name} beside it, which disag_jax.prepare writes when "
             f"it is done, but: {getattr(error, 'strerror', None) or error}"
@@ -164,7 +164,8 @@ def _read_header(path: str, name: str) -> Header:
 def _map_npy(path: str, name: str, header: Header) -> np.ndarray:
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    # numpy parses the header as a Python literal, and what a broken one raises has many types.
+    except Exception as error:
         raise ConfigError(f"{name} must be a whole .npy file, but: {error}") from error
     found, wanted = (tokens.dtype.str, tokens.shape), (header.dtype, (header.num_tokens,))
     if found != (np.dtype(header.dtype).newbyteorder("<").str, wanted[1]):

@@ -21,6 +21,8 @@ from disag_jax.preemption import StopRequest
 from disag_jax.profiling import Profiler, Stopwatch
 from disag_jax.state import TrainState
 from disag_jax.step import Stepper
+from disag_jax.stragglers import Stragglers
+from disag_jax.watchdog import Watchdog
 from disag_jax.workdir import Workdir
 from mesh.placement import Meshes
 
@@ -44,6 +46,19 @@ def train(
     cannot go on, such as NonFiniteLossError when training diverges.
     """
     config.validate()
+    with Watchdog(config) as watchdog:
+        return _train(config, workdir, watchdog, resume, step, stop_after, profile_steps)
+
+
+def _train(
+    config: Config,
+    workdir: str,
+    watchdog: Watchdog,
+    resume: bool,
+    step: int | None,
+    stop_after: int | None,
+    profile_steps: range | None,
+) -> dict | None:
     enable_float64(config)
     processes.check_same_config(config)
     meshes = make_meshes(config)
@@ -85,6 +100,7 @@ def train(
         make_display(config),
         MetricsLog(directory.metrics, directory.tensorboard, next_step=state.step + 1),
         checkpoints,
+        watchdog,
         Profiler(directory.profile, profile_steps),
     )
     try:
@@ -94,10 +110,12 @@ def train(
             StopRequest(stop_after) as stop,
             Prefetch(read, steps, config.data.prefetch_steps) as batches,
         ):
-            state = _loop(config, stepper, state, batches, inputs, outputs, stop)
+            state = _loop(config, stepper, state, batches, inputs, outputs, stop, watchdog)
         result = None
         if state.step == config.run.num_steps:
+            watchdog.at("the last evaluation")
             result = _evaluate(stepper, state, inputs, outputs)
+        watchdog.at("the last checkpoint")
         outputs.finish(state.step)
         if result is None:
             outputs.display.say(startup_report.stopped(state.step))
@@ -145,16 +163,20 @@ def _loop(
     inputs: Inputs,
     outputs: Outputs,
     stop: StopRequest,
+    watchdog: Watchdog,
 ) -> TrainState:
     meter, began = StepMeter(config, stepper.meshes), time.perf_counter()
     skipped = SkippedSteps(config.run.max_skipped_steps)
+    stragglers = Stragglers(config, stepper.meshes)
     while state.step < config.run.num_steps:
         if outputs.profiler.before_step(state):
             began = time.perf_counter()
         with jax.profiler.StepTraceAnnotation("step", step_num=state.step):
             watch = Stopwatch()
+            watchdog.at(f"the input of step {state.step + 1}")
             with watch("input_wait"):
                 batch = batches.take()
+            watchdog.at(f"step {state.step + 1}")
             state, metrics = stepper.train_step(state, batch)
         ended = time.perf_counter()
         if metrics["skipped"]:
@@ -168,8 +190,10 @@ def _loop(
         stopping = stop.reached(state.step)
         last = stopping or state.step == config.run.num_steps
         if (_due(state.step, config.run.log_every) or last) and not meter.is_empty:
-            outputs.record(meter.record(state.step))
+            state.wait()  # the samples need idle devices
+            outputs.record(*stragglers.sample(meter.record(state.step)))
             outputs.settle(state.step)
+            began = time.perf_counter()
         saves = stopping or config.run.checkpoint_every > 0
         if _due(state.step, config.run.checkpoint_every) or (last and saves):
             outputs.save(state, stepper.chooser.memory)
@@ -177,6 +201,7 @@ def _loop(
         if stopping:
             break
         if _due(state.step, config.run.eval_every) and not last:
+            watchdog.at(f"the evaluation after step {state.step}")
             _evaluate(stepper, state, inputs, outputs)
             began = time.perf_counter()
     return state

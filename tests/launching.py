@@ -46,10 +46,10 @@ def write_config(directory: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def start(config_file, workdir, devices, *arguments):
+def start(config_file, workdir, devices, *arguments, script="train.py"):
     command = [
         sys.executable,
-        "train.py",
+        script,
         f"--config={config_file}",
         f"--workdir={workdir}",
         f"--cpu_devices={devices}",
@@ -85,7 +85,7 @@ PAIR = (
 )
 
 
-def start_all(config_file, workdir, num_processes, *arguments, devices=8):
+def start_all(config_file, workdir, num_processes, *arguments, devices=8, script="train.py"):
     """Starts the processes of one run, which share the devices evenly."""
     port = free_port()
     joined = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}")
@@ -97,6 +97,7 @@ def start_all(config_file, workdir, num_processes, *arguments, devices=8):
             *arguments,
             *(joined if num_processes > 1 else ()),
             *((f"--process_id={process}",) if num_processes > 1 else ()),
+            script=script,
         )
         for process in range(num_processes)
     ]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import threading
 
@@ -36,11 +37,20 @@ SPLITS = {
     "co-located": (
         SplitConfig(1, 2, 4, 2, bucket_factors=(), placement=PlacementKind.COLOCATED), 1,
     ),
+    "one device": (
+        SplitConfig(1, 1, 1, 1, bucket_factors=(), placement=PlacementKind.COLOCATED), 4,
+    ),
 }  # fmt: skip
 
 
 def make_stepper(split, micro_batches, **model) -> Stepper:
     return support.make_stepper(support.small_config(split, micro_batches, **MODEL | model))
+
+
+@functools.cache
+def stepper_of(name: str) -> Stepper:
+    """The stepper of one of SPLITS, compiled once for all tests."""
+    return make_stepper(*SPLITS[name])
 
 
 def sequences(step: int) -> np.ndarray:
@@ -89,7 +99,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    stepper = make_stepper(*SAVED_FROM)
+    stepper = stepper_of("2 1 3")
     directory = tmp_path_factory.mktemp("run")
     state, losses = stepper.init(3), []
     for step in range(2):
@@ -108,7 +118,7 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_split_restores_the_same_masters(name, run):
-    manager = make_stepper(*SPLITS[name]).manager
+    manager = stepper_of(name).manager
     state, extra = Checkpoints(run.directory, manager).restore()
     assert (state.step, extra) == (2, EXTRA)
     jax.tree.map(np.testing.assert_array_equal, logical(manager, state.masters), run.masters)
@@ -120,11 +130,32 @@ def test_every_split_restores_the_same_masters(name, run):
 
 @pytest.mark.parametrize("name", [name for name in SPLITS if SPLITS[name] is not SAVED_FROM])
 def test_training_goes_on_under_another_split(name, run):
-    stepper = make_stepper(*SPLITS[name])
+    stepper = stepper_of(name)
     state, _ = Checkpoints(run.directory, stepper.manager).restore(step=2)
     for step, expected in zip(range(2, 4), run.losses, strict=True):
         state, metrics = stepper.train_step(state, sequences(step))
         assert support.relative_error(metrics["total_loss"], expected) < 1e-12
+
+
+def test_a_run_that_moves_at_every_step(run, tmp_path):
+    """From the twin to one device and to other devices, each saving what the next restores."""
+    directory = run.directory
+    for step, name in zip(range(2, 5), ("co-located", "one device", "1 2 2"), strict=True):
+        stepper = stepper_of(name)
+        state, _ = Checkpoints(directory, stepper.manager).restore(step)
+        state, metrics = stepper.train_step(state, sequences(step))
+        if step < 4:
+            assert support.relative_error(metrics["total_loss"], run.losses[step - 2]) < 1e-12
+        checkpoints = Checkpoints(tmp_path, stepper.manager)
+        checkpoints.save(state, EXTRA)
+        checkpoints.wait()
+        directory = tmp_path
+    stayed, moved = stepper_of("2 1 3"), logical(stepper.manager, state.masters)
+    state, _ = Checkpoints(run.directory, stayed.manager).restore(2)
+    for step in range(2, 5):
+        state, _ = stayed.train_step(state, sequences(step))
+    errors = jax.tree.map(support.relative_error, moved, logical(stayed.manager, state.masters))
+    assert max(jax.tree.leaves(errors)) < 1e-10, errors
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])

@@ -18,8 +18,10 @@ EVERYTHING = (
     "--config.model.bias_update_rate=0.01",
     "--config.model.capacity_factor=1.25",
     "--config.model.num_shared_experts=1",
-    "--config.split.bucket_factors=(1.0, 1.5)",
+    "--config.split.bucket_factors=(1.0, 1.2)",
     "--config.split.expert_workers=2",
+    "--config.model.top_k=1",
+    "--config.model.normalize_gates=False",
     "--config.run.num_steps=8",
 )
 NUM_STEPS = 6
