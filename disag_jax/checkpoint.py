@@ -32,6 +32,7 @@ from disag_jax.logical import LeafMap, state_maps
 from disag_jax.saved_checkpoint import (
     ARRAYS,
     UnreadableCheckpointError,
+    checksum,
     existing_step,
     open_array,
     read_metadata,
@@ -182,7 +183,12 @@ class Checkpoints:
                 f"which is of step {latest.step}"
             )
         # A copy that the caller cannot change meanwhile, and an error here if it is not JSON.
-        metadata = json.loads(json.dumps({"leaves": self._types, "extra": extra}))
+        extra = json.loads(json.dumps(extra))
+        metadata = {
+            "leaves": self._types,
+            "extra": extra,
+            "checksum": checksum(self._types, extra),
+        }
         self._num_saves += 1
         arrays = LogicalArrays(
             self._leaves, self._tree.flatten_up_to(state.masters), f"save/{self._num_saves}"
@@ -229,9 +235,14 @@ class Checkpoints:
         return f"the last good checkpoint is of step {self.last_good} in {self._directory}"
 
     @property
+    def awaits(self) -> bool:
+        """Whether the last save has not been waited for; the same on all processes."""
+        return self._saving is not None
+
+    @property
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written here; another process may be ahead or behind."""
-        return self._saving is not None and self._checkpointer.is_saving_in_progress()
+        return self.awaits and self._checkpointer.is_saving_in_progress()
 
     def wait(self):
         """Waits until all is written; SaveFailedError on all processes if that failed on one."""

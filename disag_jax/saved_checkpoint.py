@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import re
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,10 @@ def read_metadata(directory: str, step: int) -> Metadata:
         # Read as plain JSON: nothing in it names code to run.
         fields = json.loads(pathlib.Path(directory, str(step), METADATA).read_text("utf-8"))
         custom = _field(fields, "custom_metadata", dict)
-        leaves = _field(custom, "leaves", dict)
+        leaves, extra = _field(custom, "leaves", dict), _field(custom, "extra", dict)
+        # Checkpoints of before there was a checksum have none.
+        if custom.get("checksum") not in (None, checksum(leaves, extra)):
+            raise ValueError("its metadata must have the checksum that it names")
         for name, text in leaves.items():
             if not LEAF_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} must be a name of an array")
@@ -149,7 +153,12 @@ def read_metadata(directory: str, step: int) -> Metadata:
         written = _field(fields, "commit_timestamp_nsecs", int | None)
         if written is not None:
             written = datetime.datetime.fromtimestamp(written / 1e9, datetime.UTC)
-        return Metadata(leaves, _field(custom, "extra", dict), written)
+        return Metadata(leaves, extra, written)
+
+
+def checksum(leaves: dict, extra: dict) -> str:
+    """What tells the metadata from one in which a bit has changed."""
+    return f"{zlib.crc32(json.dumps([leaves, extra], sort_keys=True).encode()):08x}"
 
 
 def _field(fields, name: str, kind):

@@ -149,6 +149,38 @@ def test_a_last_checkpoint_that_fails_is_an_error(small_run, monkeypatch):
         training.train(config, workdir)
 
 
+# train.py, but process 1 cannot write the checkpoint of step 4.
+FAILING_DISK = """
+import runpy, sys
+sys.path.insert(0, ".")
+if "--process_id=1" in sys.argv:
+    from disag_jax import checkpoint
+    write_leaf = checkpoint._write_leaf
+    async def fail_at_step_4(root, *args):
+        if "/4.orbax" in str(root):
+            raise OSError("the disk of process 1 is full")
+        await write_leaf(root, *args)
+    checkpoint._write_leaf = fail_at_step_4
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_a_failure_of_one_process_is_one_of_all(tmp_path):
+    config_file, workdir = launching.write_config(tmp_path), tmp_path / "run"
+    (tmp_path / "failing.py").write_text(FAILING_DISK)
+    running = launching.start_all(
+        config_file, workdir, 2, *PAIR, "--config.run.num_steps=6", devices=2,
+        script=str(tmp_path / "failing.py"),
+    )  # fmt: skip
+    printed = ""
+    for out, error, code in launching.finish(running):
+        assert code == 0, (out[-2000:], error[-3000:])
+        printed += out
+    assert "of step 4 could not be saved: the disk of process 1 is full" in printed
+    assert saved_steps(workdir / "checkpoints") == [2, 6]
+
+
 @pytest.fixture
 def mount(tmp_path):
     """A function that mounts a memory file system at a path, where that is permitted."""

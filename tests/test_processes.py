@@ -1,6 +1,7 @@
 """Real processes on this machine, joined over the loopback: same losses, and mistakes told."""
 
 import functools
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from disag_jax import processes
 from disag_jax.config import Config, ConfigError
 from tests import launching
-from tests.launching import TIMEOUT_SECONDS, finish, free_port, launch, losses, start
+from tests.launching import REPOSITORY, TIMEOUT_SECONDS, finish, free_port, launch, losses, start
 
 MIXED = ("--config.split.stages=2", "--config.split.expert_workers=3")
 # Half of the devices attention, half experts: with two processes each has one role only.
@@ -105,6 +106,23 @@ def test_what_one_process_alone_sees_ends_all(name, config_file, tmp_path):
         running.append(start(config_file, workdir, 4, *joined, *flags))
     for _, error, code in finish(running):
         assert code == 2 and sentence in error, (code, error[-2000:])
+
+
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_another_version_of_the_code_is_refused(config_file, tmp_path):
+    copy = tmp_path / "copy"
+    for package in ("configs", "disag_jax", "layers", "mesh"):
+        shutil.copytree(REPOSITORY / package, copy / package)
+    shutil.copy(REPOSITORY / "train.py", copy)
+    with (copy / "layers/norm.py").open("a") as file:
+        file.write("# changed\n")
+    port, running = free_port(), []
+    for process, script in enumerate(("train.py", str(copy / "train.py"))):
+        joined = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={process}")
+        running.append(start(config_file, tmp_path / "run", 4, *joined, script=script))
+    for _, error, code in finish(running):
+        assert code == 2 and "the code = 'jax " in error, error[-2000:]
+        assert "must be the same in all processes" in error
 
 
 SLURM = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}

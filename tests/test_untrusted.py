@@ -176,6 +176,7 @@ def test_no_name_leads_out_of_the_checkpoint(saved, rewritten, name):
     directory, originals = saved
     metadata = json.loads(originals[METADATA])
     metadata["custom_metadata"]["leaves"][name] = "float32[1]"
+    del metadata["custom_metadata"]["checksum"]
     rewritten(METADATA, json.dumps(metadata))
     with pytest.raises(UnreadableCheckpointError, match="must be a name of an array"):
         SavedCheckpoint.open(directory)
@@ -192,3 +193,29 @@ def test_metadata_of_arrays(saved, rewritten, data):
         SavedCheckpoint.open(directory).router_bias()
     except UnreadableCheckpointError as error:
         assert "the checkpoint of step 6" in str(error)
+
+
+def test_no_flipped_bit_goes_unnoticed(saved):
+    """One in any file: it is noticed, or it changed nothing."""
+    directory, _ = saved
+    whole, rng = SavedCheckpoint.open(directory), np.random.default_rng(0)
+    files = sorted(path for path in (directory / "6").rglob("*") if path.is_file())
+    noticed = 0
+    for path in [*files, *rng.choice([directory / "6" / METADATA], 30)]:
+        before = path.read_bytes()
+        changed = bytearray(before)
+        changed[rng.integers(len(changed))] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        try:
+            found = SavedCheckpoint.open(directory)
+            assert (found.leaves, found.extra) == (whole.leaves, whole.extra), path
+            for name in found.leaves:
+                if name in path.parts:
+                    value = found.read(name).tobytes()
+                    path.write_bytes(before)
+                    assert value == whole.read(name).tobytes(), path
+        except UnreadableCheckpointError:
+            noticed += 1
+        finally:
+            path.write_bytes(before)
+    assert noticed > len(files) / 2, noticed
