@@ -67,13 +67,24 @@ class SkippedSteps:
         """Takes note of a step that was not skipped."""
         self._in_a_row = 0
 
-    def bad(self, step: int, metrics: dict) -> str:
-        """Takes note of a skipped step, from what `Stepper.train_step` returned: the report of it.
+    def bad(self, step: int, metrics: dict) -> dict:
+        """Takes note of a skipped step: what the log says of it.
 
-        NonFiniteLossError if it is the last of `run.max_skipped_steps` in a row.
+        metrics: as `Stepper.train_step` returned them.
         """
         self.total += 1
         self._in_a_row += 1
+        return {
+            "step": step,
+            "skipped_steps": self.total,
+            **{f"non_finite_{name}": counts for name, counts in metrics["non_finite"].items()},
+        }
+
+    def warning(self, step: int, metrics: dict) -> str:
+        """What is said of the step just noted.
+
+        NonFiniteLossError if it is the last of `run.max_skipped_steps` in a row.
+        """
         what = (
             f"step {step}: loss = {metrics['total_loss']} and gradient norm = "
             f"{metrics['gradient_norm']} must be finite; {_places(metrics['non_finite'])}"
@@ -84,14 +95,6 @@ class SkippedSteps:
                 "parameters are still those before them"
             )
         return f"warning: {what}; its update is skipped ({self._in_a_row} in a row)"
-
-    def record(self, step: int, metrics: dict) -> dict:
-        """What the log says of a skipped step."""
-        return {
-            "step": step,
-            "skipped_steps": self.total,
-            **{f"non_finite_{name}": counts for name, counts in metrics["non_finite"].items()},
-        }
 
 
 def _places(non_finite: dict) -> str:

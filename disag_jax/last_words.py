@@ -4,6 +4,7 @@ JAX ends a process that loses its coordinator without raising anything, and so d
 memory runs out. A helper process outlives both.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -45,9 +46,12 @@ class LastWords:
     def close(self):
         """Nothing is left to say."""
         self._tell("")
-        self._helper.stdin.close()
+        with contextlib.suppress(OSError):
+            self._helper.stdin.close()
         self._helper.wait()
 
     def _tell(self, said):
-        self._helper.stdin.write(json.dumps(said) + "\n")
-        self._helper.stdin.flush()
+        # Someone may have ended the helper: the run does without.
+        with contextlib.suppress(OSError):
+            self._helper.stdin.write(json.dumps(said) + "\n")
+            self._helper.stdin.flush()

@@ -21,6 +21,8 @@ PROBE_SIZE = {"gpu": 2048}
 DEFAULT_PROBE_SIZE = 256
 # The best of some runs, as a busy host delays single ones.
 PROBE_RUNS = 3
+# Samples in a row that make a worker slow: one alone may have met something else on its host.
+SLOW_SAMPLES = 3
 # Records that a median is taken of, and how many there must be.
 REMEMBERED_RECORDS, ENOUGH_RECORDS = 100, 3
 
@@ -37,6 +39,7 @@ class Stragglers:
         self._factor = config.run.straggler_factor
         self._meshes = meshes
         self._predicted = predicted_step_seconds
+        self._slow_samples = collections.Counter()
         self._recent = collections.deque(maxlen=REMEMBERED_RECORDS)
         self._probes = _make_probes(config, meshes)
 
@@ -55,7 +58,7 @@ class Stragglers:
             "worker_milliseconds": milliseconds,
             "host_seconds_of": {f"process{i}": host for i, host in enumerate(hosts)},
         }
-        warnings = slow_workers(milliseconds, self._factor)
+        warnings = self._slow_workers(milliseconds)
         warnings += slow_hosts(hosts, record["step_seconds"], self._factor)
         expected = self._expected()
         if "compile_seconds" not in record:
@@ -72,6 +75,18 @@ class Stragglers:
         if len(self._recent) < ENOUGH_RECORDS:
             return None
         return statistics.median(self._recent)
+
+    def _slow_workers(self, milliseconds: dict[str, float]) -> list[str]:
+        usual = statistics.median(milliseconds.values())
+        slow = {name for name, value in milliseconds.items() if value >= self._factor * usual}
+        for name in milliseconds:
+            self._slow_samples[name] = self._slow_samples[name] + 1 if name in slow else 0
+        return [
+            f"{name} is slow: it took {milliseconds[name]:.3g} ms for what takes the others "
+            f"{usual:.3g} ms, {self._slow_samples[name]} times in a row"
+            for name in sorted(slow)
+            if self._slow_samples[name] % SLOW_SAMPLES == 0
+        ]
 
     def _slow_step(self, seconds: float, expected: float) -> list[str]:
         if seconds <= self._factor * expected:
@@ -95,16 +110,6 @@ class Stragglers:
             for (replica, worker), value in np.ndenumerate(times)
         }
         return by_worker, hosts.tolist()
-
-
-def slow_workers(milliseconds: dict[str, float], factor: float) -> list[str]:
-    """A warning for each worker whose probe took `factor` times the median of all, or more."""
-    usual = statistics.median(milliseconds.values())
-    return [
-        f"{name} is slow: it took {value:.3g} ms for what takes the others {usual:.3g} ms"
-        for name, value in milliseconds.items()
-        if value >= factor * usual
-    ]
 
 
 def slow_hosts(hosts: list[float], step_seconds: float, factor: float) -> list[str]:

@@ -38,12 +38,13 @@ def train(
 ) -> dict | None:
     """Runs the experiment and returns the last evaluation's results.
 
-    On SIGTERM, or after the step `stop_after`, it saves and returns None.
-
     Results go to `workdir`: config.json, metrics.jsonl, checkpoints/. With `resume` it goes on from
-    the checkpoint there of `step`, or from the last, or begins again if there is none yet. Raises
-    ConfigError for the user's mistakes, before anything is compiled, and RunError when it
-    cannot go on, such as NonFiniteLossError when training diverges.
+    the checkpoint there of `step`, or from the last, or begins again if there is none yet. On
+    SIGTERM, or after the step `stop_after`, it saves and returns None.
+
+    Raises ConfigError for the user's mistakes, before anything is compiled, and RunError when it
+    cannot go on, such as NonFiniteLossError when training diverges. When another process is lost
+    or stuck it ends this one (disag_jax/watchdog.py).
     """
     config.validate()
     with Watchdog(config) as watchdog:
@@ -65,14 +66,17 @@ def _train(
     processes.check_same_flags(
         resume=resume, resume_step=step, stop_after=stop_after, profile_steps=profile_steps
     )
+    watchdog.at("reading the data")
     inputs = processes.on_each(lambda: load_inputs(config))
     digest = processes.on_each(inputs.train.digest)
     processes.check_same_text(digest)
     directory = Workdir(workdir)
     processes.on_first(lambda: directory.open(config, resume=resume, data_digest=digest))
     processes.check_same_workdir(directory)
+    watchdog.at("compiling")
     stepper = Stepper(config, meshes)
     stepper.check_memory()
+    watchdog.at("restoring or initialising the state")
     checkpoints = Checkpoints(
         directory.checkpoints,
         stepper.manager,
@@ -110,7 +114,7 @@ def _train(
             StopRequest(stop_after) as stop,
             Prefetch(read, steps, config.data.prefetch_steps) as batches,
         ):
-            state = _loop(config, stepper, state, batches, inputs, outputs, stop, watchdog)
+            state = _loop(stepper, state, batches, inputs, outputs, stop, watchdog)
         result = None
         if state.step == config.run.num_steps:
             watchdog.at("the last evaluation")
@@ -156,7 +160,6 @@ def _product(config: Config) -> str:
 
 
 def _loop(
-    config: Config,
     stepper: Stepper,
     state: TrainState,
     batches: Prefetch,
@@ -165,10 +168,12 @@ def _loop(
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> TrainState:
-    meter, began = StepMeter(config, stepper.meshes), time.perf_counter()
-    skipped = SkippedSteps(config.run.max_skipped_steps)
+    """Trains until the last step, or until told to stop; returns the state then."""
+    config, run = stepper.config, stepper.config.run
+    skipped = SkippedSteps(run.max_skipped_steps)
     stragglers = Stragglers(config, stepper.meshes)
-    while state.step < config.run.num_steps:
+    meter, began = StepMeter(config, stepper.meshes), time.perf_counter()
+    while state.step < run.num_steps:
         if outputs.profiler.before_step(state):
             began = time.perf_counter()
         with jax.profiler.StepTraceAnnotation("step", step_num=state.step):
@@ -180,27 +185,26 @@ def _loop(
             state, metrics = stepper.train_step(state, batch)
         ended = time.perf_counter()
         if metrics["skipped"]:
-            outputs.display.say(skipped.bad(state.step, metrics))
-            outputs.write(skipped.record(state.step, metrics))
+            outputs.write(skipped.bad(state.step, metrics))
+            outputs.display.say(skipped.warning(state.step, metrics))
         else:
             skipped.good()
             meter.add(metrics | watch.seconds | {"step_seconds": ended - began})
             outputs.display.step(state.step, metrics["loss"])
         began = ended
         stopping = stop.reached(state.step)
-        last = stopping or state.step == config.run.num_steps
-        if (_due(state.step, config.run.log_every) or last) and not meter.is_empty:
+        last = stopping or state.step == run.num_steps
+        if (_due(state.step, run.log_every) or last) and not meter.is_empty:
             state.wait()  # the samples need idle devices
             outputs.record(*stragglers.sample(meter.record(state.step)))
             outputs.settle(state.step)
-            began = time.perf_counter()
-        saves = stopping or config.run.checkpoint_every > 0
-        if _due(state.step, config.run.checkpoint_every) or (last and saves):
+        saves = stopping or run.checkpoint_every > 0
+        if _due(state.step, run.checkpoint_every) or (last and saves):
             outputs.save(state, stepper.chooser.memory)
             began = time.perf_counter()
         if stopping:
             break
-        if _due(state.step, config.run.eval_every) and not last:
+        if _due(state.step, run.eval_every) and not last:
             watchdog.at(f"the evaluation after step {state.step}")
             _evaluate(stepper, state, inputs, outputs)
             began = time.perf_counter()

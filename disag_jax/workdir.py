@@ -34,7 +34,10 @@ class Workdir:
         """
         path = str(self.path)
         try:
-            traces = [p for p in (self.config, self.metrics, self.checkpoints) if p.exists()]
+            traces = [p for p in (self.config, self.metrics) if p.exists()]
+            # An empty directory is of a run that was killed before its first step.
+            if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
+                traces.append(self.checkpoints)
             self.path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:

@@ -3,7 +3,7 @@
 import pytest
 
 from disag_jax.config import SplitConfig
-from disag_jax.stragglers import Stragglers, slow_hosts, slow_workers
+from disag_jax.stragglers import Stragglers, slow_hosts
 from tests import launching, support
 from tests.launching import PAIR, TIMEOUT_SECONDS
 
@@ -41,13 +41,6 @@ def test_a_process_with_a_slow_disk_is_named(tmp_path):
     assert record["host_seconds_of"]["process1"] > 0.15 > record["host_seconds_of"]["process0"]
 
 
-def test_a_slow_worker_is_named():
-    times = {"attention0": 1.0, "expert0": 1.1, "expert1": 1.6}
-    assert slow_workers(times, factor=1.5) == []
-    (warning,) = slow_workers(times, factor=1.4)
-    assert warning == "expert1 is slow: it took 1.6 ms for what takes the others 1.1 ms"
-
-
 @pytest.mark.parametrize(
     "hosts, step_seconds, slow",
     [
@@ -77,6 +70,26 @@ def test_every_worker_is_sampled(stepper):
     names = ["replica0_stage0_attention0", "replica0_stage0_expert0", "replica0_stage0_expert1"]
     assert list(fields["worker_milliseconds"]) == names
     assert min(fields["worker_milliseconds"].values()) > 0
+
+
+def test_a_worker_that_stays_slow_is_named(stepper, monkeypatch):
+    watch = Stragglers(stepper.config, stepper.meshes)
+    times = {"attention0": 1.0, "expert0": 1.1, "expert1": 1.7}
+
+    def warnings():
+        monkeypatch.setattr(watch, "_gather", lambda _: (times, [0.0]))
+        return watch.sample(record_of(1.0))[1]
+
+    assert [warnings(), warnings()] == [[], []]
+    times["expert1"] = 1.0  # something else was on its host
+    assert warnings() == []
+    times["expert1"] = 1.7
+    assert [warnings() for _ in range(4)] == [
+        [],
+        [],
+        ["expert1 is slow: it took 1.7 ms for what takes the others 1.1 ms, 3 times in a row"],
+        [],
+    ]
 
 
 def slow_steps(watch: Stragglers, *records):
