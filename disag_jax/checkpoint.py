@@ -235,14 +235,14 @@ class Checkpoints:
         return f"the last good checkpoint is of step {self.last_good} in {self._directory}"
 
     @property
-    def awaits(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether the last save has not been waited for; the same on all processes."""
         return self._saving is not None
 
     @property
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written here; another process may be ahead or behind."""
-        return self.awaits and self._checkpointer.is_saving_in_progress()
+        return self.is_pending and self._checkpointer.is_saving_in_progress()
 
     def wait(self):
         """Waits until all is written; SaveFailedError on all processes if that failed on one."""

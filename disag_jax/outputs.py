@@ -70,7 +70,7 @@ class Outputs:
 
     def settle(self, step: int):
         """Says how a checkpoint under way has ended, if all processes have ended theirs."""
-        if self._checkpoints.awaits and not processes.any_of(self._checkpoints.is_saving):
+        if self._checkpoints.is_pending and not processes.any_of(self._checkpoints.is_saving):
             self._settle(self._checkpoints.wait, step)
 
     def finish(self, step: int):

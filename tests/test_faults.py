@@ -165,8 +165,8 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-@pytest.mark.timeout(TIMEOUT_SECONDS)
-def test_a_failure_of_one_process_is_one_of_all(tmp_path):
+@pytest.mark.timeout(2 * TIMEOUT_SECONDS)
+def test_a_fault_at_one_process_is_one_of_all(tmp_path):
     config_file, workdir = launching.write_config(tmp_path), tmp_path / "run"
     (tmp_path / "failing.py").write_text(FAILING_DISK)
     running = launching.start_all(
@@ -179,6 +179,20 @@ def test_a_failure_of_one_process_is_one_of_all(tmp_path):
         printed += out
     assert "of step 4 could not be saved: the disk of process 1 is full" in printed
     assert saved_steps(workdir / "checkpoints") == [2, 6]
+
+    # Process 1 alone reads the experts; both go on from the checkpoint before.
+    chunk = workdir / "checkpoints/6/arrays/params.expert.experts.gate/c/0/0/0/0"
+    damaged = bytearray(chunk.read_bytes())
+    damaged[40] ^= 1
+    chunk.write_bytes(damaged)
+    resumed = (*PAIR, "--config.run.num_steps=6", "--resume", "--stop_after=3")
+    running = launching.start_all(config_file, workdir, 2, *resumed, devices=2)
+    printed = ""
+    for out, error, code in launching.finish(running):
+        assert code == 0, (out[-2000:], error[-3000:])
+        printed += out
+    assert "warning: the checkpoint of step 6 in " in printed and "is passed over" in printed
+    assert saved_steps(workdir / "checkpoints") == [2, 3]
 
 
 @pytest.fixture
