@@ -140,7 +140,14 @@ class Watchdog:
         if isinstance(error, jax.errors.JaxRuntimeError):
             # A lost process breaks connections before it is known to be lost. Its name is worth
             # the wait, in which `_watch` ends this process.
-            self._stopped.wait(self._timeout + 5 * self._interval)
+            seconds = self._timeout + 5 * self._interval
+            print(
+                f"process {self._me}: {processes.describe(error)} (for {seconds:.0f} s at most it "
+                "looks whether another process is lost)",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._stopped.wait(seconds)
         self._status = processes.describe(error) if error else DONE
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._give_sign()
