@@ -21,6 +21,9 @@ RESUME_STEP = flags.DEFINE_integer(
     "go on from the checkpoint of this step instead; later ones are deleted at the next save",
     lower_bound=0,
 )
+STOP_AFTER = flags.DEFINE_integer(
+    "stop_after", None, "save and end after this step, as on SIGTERM", lower_bound=1
+)
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "begin:end, the steps (from 0) to trace into workdir/profile"
 )
@@ -68,6 +71,7 @@ def main():
         WORKDIR.value,
         resume=resume,
         step=step,
+        stop_after=STOP_AFTER.value,
         profile_steps=profiling.parse_steps(PROFILE_STEPS.value, CONFIG.value.run.num_steps),
         hardware=HARDWARE.value,
     )

@@ -6,36 +6,45 @@ leaves' types and what the caller adds. Each process writes and reads only what 
 hold, and no two devices write to one chunk. The directory must be on a file system that all
 processes see, and all processes must call every method.
 
-A `SavedCheckpoint` is read in its logical form, by programs that know of no split.
+Memory on the host: a save keeps one copy of what this process writes until it is written (two on
+accelerators while it is made), and what one leaf takes to encode; a restore holds two copies of the
+largest shard of a leaf.
 """
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
+import tempfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import tensorstore as ts
 
+from disag_jax import processes
 from disag_jax.config import ConfigError
+from disag_jax.errors import RunError
 from disag_jax.logical import LeafMap, state_maps
+from disag_jax.saved_checkpoint import (
+    ARRAYS,
+    UnreadableCheckpointError,
+    checksum,
+    existing_step,
+    open_array,
+    read_metadata,
+    reading,
+    saved_steps,
+    storage,
+)
 from disag_jax.state import StateManager, TrainState
 
-# "state" is not possible: Orbax gives that name to a handler of its own.
-ARRAYS = "arrays"
 
-# A chunk that is missing is damage, not zeros.
-READ_OPTIONS = {"fill_missing_data_reads": False}
-
-
-class UnreadableCheckpointError(ConfigError):
-    """A checkpoint that lacks a file, or has one that does not hold what it should."""
+class SaveFailedError(RunError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +69,20 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class LogicalArrays:
-    """What LogicalArraysHandler saves (leaves and arrays) or loads (leaves)."""
+    """What LogicalArraysHandler saves.
+
+    Attributes:
+      attempt: names this save among all of the run; the same on all processes.
+    """
 
     leaves: list[Leaf]
-    arrays: list[jax.Array] | None = None
+    arrays: list[jax.Array]
+    attempt: str
 
 
 @ocp.handlers.register_handler
 class LogicalArraysHandler(ocp.handlers.CheckpointableHandler):
-    """Saves arrays in logical form, and loads them for another split.
+    """Saves arrays in logical form.
 
     A checkpoint names its handler by module and class: renaming this one makes old checkpoints
     unreadable.
@@ -80,18 +94,24 @@ class LogicalArraysHandler(ocp.handlers.CheckpointableHandler):
         for _, array in pairs:
             for shard in _shards_to_write(array):
                 shard.data.copy_to_host_async()
-        return self._write(directory, [(leaf, _blocks(leaf, array)) for leaf, array in pairs])
+        blocks = [(leaf, _blocks(leaf, array)) for leaf, array in pairs]
+        return self._write(directory, blocks, arrays.attempt)
 
-    async def _write(self, directory, leaves):
-        root = await directory.await_creation()
-        await _all(_write_leaf(root, leaf, blocks) for leaf, blocks in leaves)
+    async def _write(self, directory, leaves, attempt: str):
+        async def write():
+            root = await directory.await_creation()
+            # One leaf after the other bounds the memory; a leaf's chunks are written at once.
+            leaves.reverse()
+            while leaves:
+                await _write_leaf(root, *leaves.pop())
 
-    async def load(self, directory, arrays: LogicalArrays | None = None):
-        """Returns the reading, which gives a list of arrays."""
-        return self._read(directory, arrays.leaves)
+        failure = await processes.share_failure(attempt, write())
+        if failure:
+            # On all processes, or those that succeeded would wait for the others for long.
+            raise OSError(failure)
 
-    async def _read(self, root, leaves: list[Leaf]):
-        return await _all(_read_leaf(root, leaf) for leaf in leaves)
+    async def load(self, directory, arrays=None):
+        raise NotImplementedError("Checkpoints.restore reads without Orbax")
 
     async def metadata(self, directory):
         return None
@@ -111,6 +131,10 @@ class Checkpoints:
       manager: of the split to save from and to restore to.
       keep_last: how many of the newest checkpoints to keep, at least one.
       keep_every: keep those of every step that is a multiple of it, too; 0 = none.
+
+    Attributes:
+      last_good: step of the newest checkpoint that this object restored or saved; None if none.
+      damage: a sentence for each checkpoint that `restore` passed over.
     """
 
     def __init__(
@@ -133,62 +157,145 @@ class Checkpoints:
         kept = [policies.LatestN(keep_last)]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory, preservation_policy=policies.AnyPreservationPolicy(kept)
-        )
+        self._kept = policies.AnyPreservationPolicy(kept)
+        os.makedirs(self._directory, exist_ok=True)
+        self._checkpointer = self._open()
+        self._saving, self._num_saves = None, 0
+        self.last_good, self.damage = None, []
 
     def save(self, state: TrainState, extra: dict):
         """Begins to save; when this returns the state may be donated.
 
         Waits if an earlier checkpoint is still being written: one left out might be one to keep.
-        `extra` must be JSON. ConfigError if the directory already has this or a later step. The
-        first time after an older step was restored, the steps after that one are deleted: the run
-        has taken another course.
+        `extra` must be JSON. ConfigError if the directory already has this or a later step;
+        SaveFailedError if this one cannot be begun or an earlier one could not be ended. The first
+        time after an older step was restored, the steps after that one are deleted: the run has
+        taken another course.
         """
-        for later in self._abandoned:
-            self._checkpointer.delete(later)
-        self._abandoned = []
+        self.wait()
+        # Where process 0 cannot write, the others would wait for it inside Orbax.
+        self._attempt(state.step, self._check_writable if processes.is_first() else None)
+        self._attempt(state.step, self._delete_abandoned)
         latest = self._checkpointer.latest
         if latest is not None and latest.step >= state.step:
             raise ConfigError(
                 f"step = {state.step} must be after the last checkpoint in {self._directory}, "
                 f"which is of step {latest.step}"
             )
-        self._checkpointer.save_checkpointables_async(
-            state.step,
-            {ARRAYS: LogicalArrays(self._leaves, self._tree.flatten_up_to(state.masters))},
-            # A copy that the caller cannot change meanwhile, and an error here if it is not JSON.
-            custom_metadata=json.loads(json.dumps({"leaves": self._types, "extra": extra})),
-            force=True,
+        # A copy that the caller cannot change meanwhile, and an error here if it is not JSON.
+        extra = json.loads(json.dumps(extra))
+        metadata = {
+            "leaves": self._types,
+            "extra": extra,
+            "checksum": checksum(self._types, extra),
+        }
+        self._num_saves += 1
+        arrays = LogicalArrays(
+            self._leaves, self._tree.flatten_up_to(state.masters), f"save/{self._num_saves}"
         )
+        self._attempt(
+            state.step,
+            lambda: self._checkpointer.save_checkpointables_async(
+                state.step, {ARRAYS: arrays}, custom_metadata=metadata, force=True
+            ),
+        )
+        self._saving = state.step
 
     def restore(self, step: int | None = None) -> tuple[TrainState, dict]:
-        """The state at a step, or at the last one, and the `extra` that was saved with it.
+        """The state at a step, or at the last that is whole, and the `extra` saved with it.
 
         ConfigError if there is no such checkpoint or it is of another model,
-        UnreadableCheckpointError if it is damaged.
+        UnreadableCheckpointError if it is damaged, or without a `step` if all are.
         """
-        step = _existing_step(self._directory, self.steps(), step)
-        metadata = _read_metadata(self._directory, step).custom_metadata
-        self._check_model(step, metadata["leaves"])
-        with _reading(self._directory, step):
-            parts = {ARRAYS: LogicalArrays(self._leaves)}
-            arrays = self._checkpointer.load_checkpointables(step, parts)[ARRAYS]
-        masters = jax.tree.unflatten(self._tree, arrays)
-        self._abandoned = [later for later in self.steps() if later > step]
-        return self._manager.with_compute_copies(step, **masters), metadata["extra"]
+        known = self.steps()
+        wanted = [existing_step(self._directory, known, step)]
+        if step is None:
+            wanted = known[::-1]
+        self.damage = []
+        for candidate in wanted:
+            (arrays, extra), damage = processes.on_each(lambda c=candidate: self._read(c))
+            damage = processes.first_sentence(damage)
+            if not damage:
+                masters = jax.tree.unflatten(self._tree, arrays)
+                self.last_good = candidate
+                self._abandoned = [later for later in known if later > candidate]
+                return self._manager.with_compute_copies(candidate, **masters), extra
+            self.damage.append(damage)
+        raise UnreadableCheckpointError("; ".join(self.damage))
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint; waits for the one that is being written."""
         self.wait()
-        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        return saved_steps(self._directory)
+
+    def describe_last_good(self) -> str:
+        """Where a run can go on from, in words."""
+        if self.last_good is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is of step {self.last_good} in {self._directory}"
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the last save has not been waited for; the same on all processes."""
+        return self._saving is not None
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written here; another process may be ahead or behind."""
+        return self.is_pending and self._checkpointer.is_saving_in_progress()
 
     def wait(self):
-        """Waits until all is written, and raises what went wrong in it."""
-        self._checkpointer.wait()
+        """Waits until all is written; SaveFailedError on all processes if that failed on one."""
+        if self._saving is not None:
+            step, self._saving = self._saving, None
+            self._attempt(step, self._checkpointer.wait)
+            self.last_good = step
 
     def close(self):
-        self._checkpointer.close()
+        """Waits for this process's part of the writing; without `wait`, its errors are not told.
+
+        The other processes need not call it: they may have failed.
+        """
+        if self._checkpointer is not None:
+            with contextlib.suppress(Exception):
+                self._checkpointer.close()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        return ocp.training.Checkpointer(
+            self._directory, preservation_policy=self._kept, cleanup_tmp_directories=True
+        )
+
+    def _attempt(self, step: int, action):
+        """Does one part of a save; SaveFailedError on all processes if it fails on one."""
+        failure = processes.first_failure(action)
+        if failure:
+            # Orbax still counts on what failed: the next save begins with a new one.
+            self._checkpointer = None
+            raise SaveFailedError(f"the checkpoint of step {step} could not be saved: {failure}")
+
+    def _check_writable(self):
+        with tempfile.TemporaryFile(dir=self._directory) as file:
+            file.write(bytes(4096))
+
+    def _delete_abandoned(self):
+        if self._checkpointer is None:
+            self._checkpointer = self._open()
+        for later in self._abandoned:
+            self._checkpointer.delete(later)
+        self._abandoned = []
+
+    def _read(self, step: int) -> tuple[tuple[list[jax.Array], dict], str]:
+        """((this process's part of the arrays, extra), ""), or what is damaged in words."""
+        try:
+            metadata = read_metadata(self._directory, step)
+            self._check_model(step, metadata.leaves)
+            with reading(self._directory, step):
+                root = pathlib.Path(self._directory, str(step), ARRAYS)
+                # One leaf after the other: this bounds the memory.
+                arrays = [asyncio.run(_read_leaf(root, leaf)) for leaf in self._leaves]
+            return (arrays, metadata.extra), ""
+        except UnreadableCheckpointError as error:
+            return ([], {}), str(error)
 
     def _check_model(self, step: int, saved: dict[str, str]):
         for name in self._types | saved:
@@ -198,116 +305,6 @@ class Checkpoints:
                     f"the checkpoint of step {step} in {self._directory} must be of this model: "
                     f"its {name} is {there}, the model's is {here}"
                 )
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedCheckpoint:
-    """One checkpoint as it is on disk: the logical model, whatever split it was saved under.
-
-    Attributes:
-      written: when it was complete, if known.
-      leaves: logical shape and type of every array, by the name of its directory, such as
-        "params.expert.experts.gate".
-      extra: what was saved with it.
-    """
-
-    directory: str
-    step: int
-    written: datetime.datetime | None
-    leaves: dict[str, jax.ShapeDtypeStruct]
-    extra: dict
-
-    @classmethod
-    def open(cls, directory, step: int | None = None) -> "SavedCheckpoint":
-        """The checkpoint of a step, or of the last one, in a directory of checkpoints.
-
-        ConfigError if there is none, UnreadableCheckpointError if it is damaged.
-        """
-        directory = os.path.abspath(directory)
-        step = _existing_step(directory, saved_steps(directory), step)
-        metadata = _read_metadata(directory, step)
-        with _reading(directory, step):
-            return cls(
-                directory=directory,
-                step=step,
-                written=metadata.commit_timestamp,
-                leaves={
-                    name: _parse_type(text)
-                    for name, text in metadata.custom_metadata["leaves"].items()
-                },
-                extra=metadata.custom_metadata["extra"],
-            )
-
-    @property
-    def path(self) -> pathlib.Path:
-        return pathlib.Path(self.directory, str(self.step))
-
-    def params(self, dtype=None) -> dict:
-        """The logical parameters on the default device, by group; floats as `dtype` if given."""
-        params = {}
-        for name in self.leaves:
-            kind, *path = name.split(".")
-            if kind == "params":
-                tree = params
-                for key in path[:-1]:
-                    tree = tree.setdefault(key, {})
-                # A leaf at a time: the host never holds two.
-                tree[path[-1]] = jnp.asarray(self._read(name), dtype)
-        return params
-
-    def router_bias(self) -> jax.Array:
-        """The selection bias [L, E]."""
-        return jnp.asarray(self._read("router_bias"))
-
-    def _read(self, name: str) -> np.ndarray:
-        with _reading(self.directory, self.step):
-            spec = _storage(self.path / ARRAYS, name) | READ_OPTIONS
-            return ts.open(spec, open=True).result().read().result()
-
-
-def saved_steps(directory) -> list[int]:
-    """The steps that have a checkpoint in a directory of checkpoints, which need not be there."""
-    paths = pathlib.Path(directory).glob("*")
-    # What is still being written has a longer name.
-    return sorted(int(path.name) for path in paths if path.name.isdecimal() and path.is_dir())
-
-
-def _existing_step(directory: str, steps: list[int], step: int | None) -> int:
-    if not steps:
-        raise ConfigError(f"{directory} must hold a checkpoint, but there is none")
-    if step is None:
-        return steps[-1]
-    if step not in steps:
-        known = ", ".join(map(str, steps))
-        raise ConfigError(f"step = {step} must be one of the checkpoints in {directory}: {known}")
-    return step
-
-
-def _read_metadata(directory: str, step: int):
-    """Orbax's metadata of a checkpoint; its `custom_metadata` is what `Checkpoints.save` gave."""
-    with _reading(directory, step):
-        metadata = ocp.checkpointables_metadata(os.path.join(directory, str(step)))
-        if "leaves" not in (metadata.custom_metadata or {}):
-            raise ValueError("its metadata is missing")
-        return metadata
-
-
-@contextlib.contextmanager
-def _reading(directory: str, step: int):
-    try:
-        yield
-    except (KeyError, OSError, ValueError) as error:
-        # Orbax hides what a handler raised behind a KeyError of its own.
-        cause = error.__cause__ or error
-        raise UnreadableCheckpointError(
-            f"the checkpoint of step {step} in {directory} cannot be read: {cause}"
-        ) from cause
-
-
-def _parse_type(text: str) -> jax.ShapeDtypeStruct:
-    """The inverse of `Leaf.logical_type`."""
-    dtype, shape = text.split("[")
-    return jax.ShapeDtypeStruct(json.loads(f"[{shape}"), np.dtype(dtype))
 
 
 async def _all(tasks) -> list:
@@ -334,10 +331,6 @@ def _blocks(leaf: Leaf, array: jax.Array) -> list[tuple]:
     return blocks
 
 
-def _storage(root, name: str) -> dict:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{root}/{name}/"}}
-
-
 async def _write_leaf(root, leaf: Leaf, blocks):
     if not blocks:
         return
@@ -355,23 +348,27 @@ async def _write_leaf(root, leaf: Leaf, blocks):
     }
     # A chunk of zeros is stored like any other, so that a missing one is an error when read.
     options = {"metadata": metadata, "store_data_equal_to_fill_value": True}
-    store = await ts.open(_storage(root, leaf.name) | options, open=True, create=True)
+    store = await ts.open(storage(root, leaf.name) | options, open=True, create=True)
     await _all(store.oindex[targets].write(values) for targets, values in blocks)
 
 
 async def _read_leaf(root, leaf: Leaf) -> jax.Array:
     """The array under the split at hand, zeros in the padding; each part is read only once."""
     shape, sharding = leaf.physical.shape, leaf.physical.sharding
-    indices = sharding.addressable_devices_indices_map(shape)
-    shards = {}
-    if indices:
-        store = await ts.open(_storage(root, leaf.name) | READ_OPTIONS, open=True)
-    for index in indices.values():
-        if str(index) not in shards:
-            located = leaf.leaf_map.locate(index)
-            values = await store.oindex[located.targets].read()
-            shards[str(index)] = located.fill(values, sharding.shard_shape(shape))
-    buffers = [jax.device_put(shards[str(index)], device) for device, index in indices.items()]
+    devices_of = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        devices_of[str(index)].append((device, index))
+    buffers = []
+    if devices_of:
+        logical = jax.ShapeDtypeStruct(leaf.leaf_map.logical_shape, leaf.physical.dtype)
+        store = await open_array(root, leaf.name, logical)
+    for alike in devices_of.values():
+        located = leaf.leaf_map.locate(alike[0][1])
+        values = await store.oindex[located.targets].read()
+        shard = located.fill(values, sharding.shard_shape(shape))
+        buffers += [jax.device_put(shard, device) for device, _ in alike]
+        # The host's copy is free for the next shard.
+        jax.block_until_ready(buffers)
     return jax.make_array_from_single_device_arrays(
         shape, sharding, buffers, dtype=leaf.physical.dtype
     )

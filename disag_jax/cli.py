@@ -8,9 +8,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from disag_jax.config import Config
-from disag_jax.errors import ConfigError, RunError
-
-USER_ERROR, RUN_ERROR = 2, 1
+from disag_jax.errors import RUN_ERROR, USER_ERROR, ConfigError, RunError
 
 
 def define_config_flag():

@@ -17,19 +17,17 @@ import pathlib
 import re
 import statistics
 import subprocess
-import sys
 
 import numpy as np
 import rich.console
 import rich.table
 
+from disag_jax import launch
 from disag_jax.config import Config, ConfigError, Dtype, PlacementKind
 from disag_jax.errors import RunError
 from disag_jax.report import read_records
 from disag_jax.workdir import Workdir
 from mesh import runtime
-
-TRAIN = pathlib.Path(__file__).parent.parent / "train.py"
 
 # Relative difference of a step's losses, which different orders of sums explain. It grows with the
 # steps: bfloat16 rounds weights that differ in the last bit to different neighbours.
@@ -38,18 +36,6 @@ TOLERANCES = {Dtype.FLOAT64: 1e-9, Dtype.FLOAT32: 1e-4, Dtype.BFLOAT16: 1e-2}
 # Steps that compile, and those whose time counts when micro-batch sizes are tried.
 WARM_UP_STEPS, PROBE_STEPS = 2, 3
 TRACED_STEPS = 2
-
-# A config file that holds what is beside it, with whatever was overridden.
-CONFIG_FILE = """\
-import json
-import pathlib
-
-from disag_jax.workdir import config_from_dict
-
-
-def get_config():
-    return config_from_dict(json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +138,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
             )
         if process.returncode:
-            raise RunError(f"{name}: {_last_line(output.read_text())} (all of it: {output})")
+            raise RunError(f"{name}: {launch.last_line(output.read_text())} (all of it: {output})")
         if self._network == "sockets":
             check_sockets(workdir)
         return _measure(config, workdir, traced and not self._cpu_devices)
@@ -163,14 +149,9 @@ class Runner:
             config.run, num_steps=num_steps, log_every=1, eval_batches=1, eval_every=0,
             checkpoint_every=0,
         )  # fmt: skip
-        config_file = workdir.with_suffix(".py")
-        config_file.write_text(CONFIG_FILE)
-        workdir.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(config)))
-        command = [sys.executable, str(TRAIN), f"--config={config_file}"]
-        command += [f"--workdir={workdir}", f"--cpu_devices={self._cpu_devices}"]
-        if traced:
-            command.append(f"--profile_steps={num_steps - TRACED_STEPS}:{num_steps}")
-        return command
+        traced_steps = f"--profile_steps={num_steps - TRACED_STEPS}:{num_steps}"
+        flags = [f"--cpu_devices={self._cpu_devices}", *([traced_steps] if traced else [])]
+        return launch.train_command(config, workdir, *flags)
 
     def _environment(self, workdir) -> dict[str, str]:
         environment = dict(os.environ)
@@ -220,11 +201,6 @@ def _measure(config: Config, workdir: pathlib.Path, has_trace: bool) -> Measurem
         exposed_share={name: t.exposed / t.span for name, t in times.items()},
         hidden_share={name: t.hidden_share for name, t in times.items()},
     )  # fmt: skip
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
 
 
 def largest_difference(first: list[float], second: list[float]) -> float:

@@ -196,12 +196,20 @@ class RunConfig:
         state are float32 (float64 with float64).
       recompute: what backward units compute again to save memory.
       loss_chunk: tokens whose logits a worker holds at once.
-      eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never).
+      eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never,
+        except when the run is told to stop).
       eval_batches: steps' worth of held-out text per evaluation.
       keep_checkpoints: newest checkpoints that stay.
       keep_checkpoint_every: checkpoints of its multiples stay for ever; 0 means of no step.
+      max_skipped_steps: the run stops after so many steps in a row whose loss or gradient is not
+        finite; each of them leaves the parameters as they are.
+      max_failed_checkpoints: the run stops after so many in a row that could not be saved.
       start_timeout_seconds: how long processes wait for each other at the start.
       heartbeat_timeout_seconds: silence after which a process counts as lost.
+      stall_timeout_seconds: time at one place (a step, a checkpoint, compiling) after which a run
+        counts as stuck.
+      straggler_factor: a step, a worker or a process is reported as slow when it takes so many
+        times what is expected, or what the others take.
       peak_tflops_per_device: what MFU is measured against, in TFLOP/s; None takes the data sheet's
         bfloat16 figure (disag_jax/flops.py), and leaves MFU out where there is none.
     """
@@ -217,8 +225,12 @@ class RunConfig:
     checkpoint_every: int = 0
     keep_checkpoints: int = 3
     keep_checkpoint_every: int = 0
+    max_skipped_steps: int = 10
+    max_failed_checkpoints: int = 3
     start_timeout_seconds: int = 300
     heartbeat_timeout_seconds: int = 100
+    stall_timeout_seconds: int = 1800
+    straggler_factor: float = 1.5
     peak_tflops_per_device: float | None = None
 
 
@@ -376,6 +388,8 @@ class Config:
         peak = self.run.peak_tflops_per_device
         if peak is not None:
             _require(peak > 0, "run.peak_tflops_per_device", peak, "greater than 0, or None")
+        factor = self.run.straggler_factor
+        _require(factor > 1, "run.straggler_factor", factor, "greater than 1")
         _require(self.split.hop in (1, 2), "split.hop", self.split.hop, "1 or 2")
         _require(
             all(factor >= 1 for factor in self.split.bucket_factors),
@@ -402,7 +416,8 @@ _POSITIVE = {
     "batch": ("sequence_length", "tokens_per_worker", "micro_batches"),
     "optimizer": ("peak_learning_rate", "eps", "max_grad_norm"),
     "run": ("num_steps", "loss_chunk", "log_every", "eval_batches", "keep_checkpoints",
-        "start_timeout_seconds", "heartbeat_timeout_seconds",
+        "max_skipped_steps", "max_failed_checkpoints", "start_timeout_seconds",
+        "heartbeat_timeout_seconds", "stall_timeout_seconds",
     ),
 }  # fmt: skip
 

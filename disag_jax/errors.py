@@ -1,5 +1,7 @@
 """The two ways in which a command ends without a traceback."""
 
+USER_ERROR, RUN_ERROR = 2, 1  # exit codes
+
 
 class ConfigError(ValueError):
     """A mistake of the user's: one sentence naming the field, its value and the rule it breaks."""

@@ -11,8 +11,8 @@ import math
 import pathlib
 import textwrap
 
-from disag_jax.checkpoint import SavedCheckpoint, saved_steps
 from disag_jax.config import ConfigError
+from disag_jax.saved_checkpoint import SavedCheckpoint, saved_steps
 from disag_jax.state import GROUPS
 
 

@@ -1,11 +1,7 @@
-"""Metrics of a run: means over the steps between two log records, and the files they go to."""
-
-import json
-import pathlib
+"""Metrics of a run: means over the steps between two log records."""
 
 import jax
 import numpy as np
-import tensorboardX
 from jax.experimental import multihost_utils
 
 from disag_jax.config import Config
@@ -34,8 +30,15 @@ class StepMeter:
         """Takes one step's metrics: those of `Stepper.train_step`, step and input wait seconds."""
         self._steps.append(metrics)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was no step since the last record."""
+        return not self._steps
+
     def record(self, step: int) -> dict:
         """What the steps since the last record did, after which a new one begins.
+
+        A skipped step, which has bad numbers, is not among them.
 
         Means over the steps:
           loss, balance_loss, z_loss, total_loss, learning_rate, gradient_norm and
@@ -145,53 +148,6 @@ def peak_memory(meshes: Meshes) -> dict[str, float]:
         for (replica, worker), peak in np.ndenumerate(peaks)
         if peak >= 0
     }
-
-
-class MetricsLog:
-    """Writes records to metrics.jsonl, one JSON object a line, and to TensorBoard's events.
-
-    A field is a TensorBoard tag; a list over layers is layer_00/field and so on, a dict field/key.
-    """
-
-    def __init__(self, lines: pathlib.Path, events: pathlib.Path, next_step: int):
-        """Appends to what is there; TensorBoard hides what it already has of `next_step` or later.
-
-        Only process 0 writes: elsewhere this does nothing.
-        """
-        self._lines = lines
-        self._events = None
-        if jax.process_index() == 0:
-            # Files are named by the second: two runs in one would share a file.
-            suffix = f".{next_step}"
-            self._events = tensorboardX.SummaryWriter(
-                str(events), purge_step=next_step, filename_suffix=suffix
-            )
-
-    def write(self, record: dict):
-        if self._events is None:
-            return
-        with open(self._lines, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        for tag, value in scalars(record).items():
-            self._events.add_scalar(tag, value, record["step"])
-        self._events.flush()
-
-    def close(self):
-        if self._events is not None:
-            self._events.close()
-
-
-def scalars(record: dict) -> dict[str, float]:
-    """A record's TensorBoard tags and values."""
-    found = {}
-    for field, value in record.items():
-        if isinstance(value, list):
-            found |= {f"layer_{layer:02d}/{field}": item for layer, item in enumerate(value)}
-        elif isinstance(value, dict):
-            found |= {f"{field}/{key}": item for key, item in value.items()}
-        elif field != "step":
-            found[field] = value
-    return found
 
 
 def _mean(steps: list[dict], name: str) -> float:

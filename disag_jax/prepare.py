@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from disag_jax import text, token_files
 from disag_jax.config import ConfigError
+from disag_jax.files import write_json
 from disag_jax.token_files import Header, TokenWriter
 from disag_jax.tokenizer import load_tokenizer
 
@@ -188,7 +189,7 @@ class _Notes:
         return position
 
     def _write(self, position: Position):
-        token_files.write_json(self._path, self._job | {"position": dataclasses.asdict(position)})
+        write_json(self._path, self._job | {"position": dataclasses.asdict(position)})
 
 
 def _pieces(files: list[pathlib.Path], position: Position) -> Iterator[Piece]:

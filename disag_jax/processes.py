@@ -1,25 +1,28 @@
 """Several processes running one program: joining, agreeing, and letting one speak for all."""
 
+import asyncio
 import contextlib
 import dataclasses
 import os
+import pathlib
 import secrets
 import socket
-import subprocess
-import sys
 import time
 import zlib
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from disag_jax.config import Config
 from disag_jax.errors import ConfigError, RunError
+from disag_jax.last_words import LastWords
 from disag_jax.workdir import Workdir
 
 # A sentence for the other processes, in bytes; longer ones are cut.
 SENTENCE_BYTES = 1024
+SLOWEST_WRITE_SECONDS = 1200
 UNFORESEEN = "another process failed; its own message says why"
 
 
@@ -53,14 +56,15 @@ def join(
         "that the launch names must be reachable (or be named by --coordinator, --num_processes "
         f"and --process_id), and {in_time}"
     )
-    with _last_words(sentence):
+    with _told(sentence):
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
             local_device_ids=_only_device(),
             initialization_timeout=config.run.start_timeout_seconds,
-            heartbeat_timeout_seconds=config.run.heartbeat_timeout_seconds,
+            # Ours comes first: it names the process (disag_jax/watchdog.py).
+            heartbeat_timeout_seconds=3 * config.run.heartbeat_timeout_seconds + 30,
         )
 
 
@@ -91,13 +95,7 @@ def _agree(action):
             sentence = str(error)
         except Exception as error:
             sentence, failure = UNFORESEEN, error
-    if jax.process_count() > 1:
-        encoded = np.zeros(SENTENCE_BYTES, np.uint8)
-        text = sentence.encode()[:SENTENCE_BYTES]
-        encoded[: len(text)] = np.frombuffer(text, np.uint8)
-        everyone = np.asarray(multihost_utils.process_allgather(encoded))
-        said = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in everyone]
-        sentence = next((s for s in said if s), "")
+    sentence = first_sentence(sentence)
     if failure is not None:
         raise failure
     if sentence == UNFORESEEN:
@@ -107,11 +105,87 @@ def _agree(action):
     return result
 
 
+def first_sentence(sentence: str) -> str:
+    """The sentence of the first process that has one, on all of them; empty if none has."""
+    if jax.process_count() == 1:
+        return sentence
+    encoded = np.zeros(SENTENCE_BYTES, np.uint8)
+    text = sentence.encode()[:SENTENCE_BYTES]
+    encoded[: len(text)] = np.frombuffer(text, np.uint8)
+    everyone = np.asarray(multihost_utils.process_allgather(encoded))
+    said = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in everyone]
+    return next((s for s in said if s), "")
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is True in any process; all must ask together."""
+    return bool(first_sentence("yes" if flag else ""))
+
+
+def first_failure(action) -> str:
+    """Runs `action()`, or nothing for None, and tells all processes what went wrong in one.
+
+    Returns the sentence of the first process whose action failed; empty if none did.
+    """
+    try:
+        if action is not None:
+            action()
+        sentence = ""
+    except Exception as error:
+        sentence = describe(error)
+    return first_sentence(sentence)
+
+
+async def share_failure(name: str, work) -> str:
+    """Awaits `work` and tells all processes what went wrong in one, as `first_failure` does.
+
+    For threads in the background: no program runs on the devices. `name` must be new.
+    """
+    try:
+        await work
+        sentence = ""
+    except Exception as error:
+        sentence = describe(error)
+    if jax.process_count() == 1:
+        return sentence
+    return await asyncio.to_thread(_first_by_name, name, sentence)
+
+
+def _first_by_name(name: str, sentence: str) -> str:
+    store = key_value_store()
+    store.key_value_set(f"{name}/{jax.process_index()}", sentence)
+    keys = (f"{name}/{process}" for process in range(jax.process_count()))
+    # A lost process ends the run (disag_jax/watchdog.py); a slow disk is waited for.
+    said = [store.blocking_key_value_get(key, SLOWEST_WRITE_SECONDS * 1000) for key in keys]
+    return next((s for s in said if s), "")
+
+
+def coordinator_address() -> tuple[str, int]:
+    """Host and port at which process 0 answers the others."""
+    host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def key_value_store():
+    """The strings that the processes of a run share; they are with process 0."""
+    # JAX has no public name for it.
+    return distributed.global_state.client
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def check_same_config(config: Config):
-    """Raises ConfigError on every process if their configs differ, naming the first field."""
+    """Raises ConfigError on every process if their configs differ, naming the first field.
+
+    So it does if their versions of this code or of JAX differ.
+    """
     if jax.process_count() == 1:
         return
-    _check_same(_flatten("config", dataclasses.asdict(config)))
+    _check_same([*_flatten("config", dataclasses.asdict(config)), ("the code", _code())])
 
 
 def check_same_text(digest: str):
@@ -146,6 +220,15 @@ def _check_same(named):
             f"{name} = {value!r} (in process {jax.process_index()}) must be the same in all "
             f"processes: process {process} has another value than process 0"
         )
+
+
+def _code() -> str:
+    """The versions of JAX and of this repository's own files, which git may not know."""
+    root, digest = pathlib.Path(__file__).parent.parent, 0
+    for package in ("disag_jax", "layers", "mesh"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest = zlib.crc32(path.read_bytes(), zlib.crc32(path.name.encode(), digest))
+    return f"jax {jax.__version__}, files {digest:08x}"
 
 
 def _flatten(prefix: str, tree: dict):
@@ -192,18 +275,15 @@ def _wait_until_reachable(coordinator: str, address: tuple[str, int], timeout_se
 
 
 @contextlib.contextmanager
-def _last_words(sentence: str):
+def _told(sentence: str):
     """Has `sentence` told as an error if this process ends inside, which JAX may make it do."""
-    program = "import sys; sys.stdin.read() or print('error:', sys.argv[1], file=sys.stderr)"
-    speaker = subprocess.Popen(
-        [sys.executable, "-c", program, sentence], stdin=subprocess.PIPE, text=True
-    )
+    last_words = LastWords(sentence)
     try:
         yield
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{sentence}: {str(error).splitlines()[0]}") from error
     finally:
-        speaker.communicate("joined")
+        last_words.close()
 
 
 def _only_device() -> list[int] | None:

@@ -17,9 +17,9 @@ import numpy as np
 
 from disag_jax import plain_model
 from disag_jax.batches import Batch
-from disag_jax.checkpoint import SavedCheckpoint
 from disag_jax.config import Config, ConfigError
 from disag_jax.geometry import enable_float64
+from disag_jax.saved_checkpoint import SavedCheckpoint
 from disag_jax.token_files import open_tokens
 from disag_jax.tokenizer import BYTES, ByteTokenizer, load_tokenizer
 from disag_jax.workdir import Workdir

@@ -1,4 +1,4 @@
-"""What a run says of itself at its start and after an evaluation, as text."""
+"""What a run says of itself at its start, after an evaluation and when it stops, as text."""
 
 import math
 
@@ -29,6 +29,11 @@ def start_up(stepper: Stepper, data: str) -> str:
         *_schedule(stepper),
     ]
     return "\n".join(sections)
+
+
+def stopped(step: int) -> str:
+    """One line for a run that was told to stop before its end."""
+    return f"step {step:>5}  stopped as told, and saved; --resume goes on from here"
 
 
 def evaluation(result: dict) -> str:

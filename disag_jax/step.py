@@ -1,6 +1,7 @@
 """One optimizer step: pipeline, another run if a message overflowed, update."""
 
 import collections
+import dataclasses
 import functools
 import math
 
@@ -10,9 +11,9 @@ from jax.sharding import NamedSharding
 
 from disag_jax import memory
 from disag_jax import optimizer as optimizer_lib
+from disag_jax.bad_numbers import count_non_finite
 from disag_jax.batches import Batch, Batches
-from disag_jax.config import Config
-from disag_jax.errors import RunError
+from disag_jax.config import Config, ConfigError
 from disag_jax.geometry import Bucket, buckets, make_geometry
 from disag_jax.pipeline import PER_WORKER, evaluation_program, gradient_program
 from disag_jax.profiling import Stopwatch
@@ -26,10 +27,6 @@ from mesh.roles import Role
 BUCKET_MEMORY = 20
 
 
-class NonFiniteLossError(RunError):
-    """The loss or the gradient norm of a step is not a finite number; the state is unchanged."""
-
-
 class BucketChooser:
     """Which transport bucket to run a step in.
 
@@ -41,6 +38,26 @@ class BucketChooser:
         self.options = options
         self.current = options[0]
         self._recent = collections.deque(maxlen=BUCKET_MEMORY)
+
+    @property
+    def memory(self) -> dict:
+        """What decides about the next steps, as JSON."""
+        recent = [dataclasses.astuple(needed) for needed in self._recent]
+        return {"current": dataclasses.astuple(self.current), "recent": recent}
+
+    def remember(self, memory: dict):
+        """Goes on as the chooser that had this `memory`; under another split it begins anew.
+
+        ConfigError if it is the memory of no chooser.
+        """
+        try:
+            current, recent = Bucket(*memory["current"]), [Bucket(*n) for n in memory["recent"]]
+            _fits(max(recent, default=current), current)  # TypeError unless these are numbers
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"buckets = {memory!r} of a checkpoint must be buckets") from error
+        if current in self.options:
+            self.current = current
+            self._recent.extend(recent)
 
     def overflowed(self, needed: Bucket) -> bool:
         """Whether a run in the current bucket that needed this much must be repeated.
@@ -88,8 +105,10 @@ class Stepper:
         """Trains on one global batch, [G, S] or placed on the devices.
 
         Returns the next state (the old one is donated) and the step's metrics as numpy values, with
-        `pipeline_seconds` and `update_seconds` (disag_jax/metrics.py) and `compiled`, whether a new
-        program was. Raises NonFiniteLossError, with the state untouched.
+        `pipeline_seconds` and `update_seconds` (disag_jax/metrics.py), `compiled`, whether a new
+        program was, and `skipped`. A step whose loss or gradient norm is not finite is skipped: the
+        next state is the old one but for its step, so that the next batch is another, and
+        `non_finite` says where (disag_jax/bad_numbers.py).
         """
         batch = self._placed(batch)
         watch, num_programs = Stopwatch(), len(self._compiled_programs)
@@ -100,11 +119,12 @@ class Stepper:
             read_metrics=lambda outputs: outputs[-1],
         )
         norm = float(metrics["gradient_norm"])
+        # The norm is over all gradients: if it is finite, so are they. It is on the host, and the
+        # same on all processes, so no update program ever sees a bad number.
         if not (math.isfinite(metrics["total_loss"]) and math.isfinite(norm)):
-            raise NonFiniteLossError(
-                f"step {state.step + 1}: loss = {metrics['total_loss']} and gradient norm = {norm} "
-                "must be finite; the state is that of the step before"
-            )
+            counts = count_non_finite(self.config, self.meshes, *self._gradients)
+            state = dataclasses.replace(state, step=state.step + 1)
+            return state, metrics | {"skipped": True, "non_finite": counts}
         rate = float(self.learning_rate(state.step))
         factor = optimizer_lib.clip_factor(self.config, norm)
         with watch("update"):
@@ -112,7 +132,8 @@ class Stepper:
         # The update programs compile at their first call.
         compiled = len(self._compiled_programs) > num_programs or not self._has_updated
         self._has_updated = True
-        return state, metrics | watch.seconds | {"learning_rate": rate, "compiled": compiled}
+        done = {"learning_rate": rate, "compiled": compiled, "skipped": False}
+        return state, metrics | watch.seconds | done
 
     def evaluate(self, state: TrainState, batch: Batch) -> dict:
         """The metrics of one global batch, as `train_step` takes it, without training on it."""

@@ -15,6 +15,7 @@ import pathlib
 import numpy as np
 
 from disag_jax.config import ConfigError
+from disag_jax.files import write_json
 
 DTYPES = ("uint16", "uint32")
 
@@ -102,16 +103,6 @@ def write_header(path, header: Header):
     write_json(header_path(path), dataclasses.asdict(header))
 
 
-def write_json(path: pathlib.Path, value: dict):
-    """Replaces a file in one step: whenever the process ends, it is the old one or the new one."""
-    new = path.with_name(path.name + ".new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-
-
 class TokenWriter:
     """Appends ids to a .bin file; what stands there after the first `keep` ids is cut off."""
 
@@ -140,7 +131,7 @@ def _read_header(path: str, name: str) -> Header:
     file = header_path(path)
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{name} must have a header {file.name} beside it, which disag_jax.prepare writes when "
             f"it is done, but: {getattr(error, 'strerror', None) or error}"
@@ -173,7 +164,8 @@ def _read_header(path: str, name: str) -> Header:
 def _map_npy(path: str, name: str, header: Header) -> np.ndarray:
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    # numpy parses the header as a Python literal, and what a broken one raises has many types.
+    except Exception as error:
         raise ConfigError(f"{name} must be a whole .npy file, but: {error}") from error
     found, wanted = (tokens.dtype.str, tokens.shape), (header.dtype, (header.num_tokens,))
     if found != (np.dtype(header.dtype).newbyteorder("<").str, wanted[1]):

@@ -1,6 +1,5 @@
 """The training run, act by act: devices, input, state, report, loop, held-out evaluation."""
 
-import dataclasses
 import functools
 import math
 import time
@@ -9,37 +8,23 @@ import jax
 import numpy as np
 
 from disag_jax import auto_placement, processes, startup_report
+from disag_jax.bad_numbers import SkippedSteps
 from disag_jax.checkpoint import Checkpoints
 from disag_jax.config import Config, ConfigError, Dtype
-from disag_jax.display import Display, make_display
+from disag_jax.display import make_display
 from disag_jax.geometry import enable_float64, placement_of
 from disag_jax.inputs import Inputs, Prefetch, load_inputs
-from disag_jax.metrics import MetricsLog, StepMeter
+from disag_jax.metrics import StepMeter
+from disag_jax.metrics_log import MetricsLog
+from disag_jax.outputs import Outputs
+from disag_jax.preemption import StopRequest
 from disag_jax.profiling import Profiler, Stopwatch
 from disag_jax.state import TrainState
 from disag_jax.step import Stepper
+from disag_jax.stragglers import Stragglers
+from disag_jax.watchdog import Watchdog
 from disag_jax.workdir import Workdir
 from mesh.placement import Meshes
-
-
-@dataclasses.dataclass(frozen=True)
-class Outputs:
-    """Where the results of a run go."""
-
-    display: Display
-    log: MetricsLog
-    checkpoints: Checkpoints
-    profiler: Profiler
-
-    def record(self, record: dict):
-        self.log.write(record)
-        self.display.record(record)
-
-    def close(self):
-        self.profiler.close()
-        self.checkpoints.close()
-        self.log.close()
-        self.display.close()
 
 
 def train(
@@ -48,32 +33,54 @@ def train(
     *,
     resume: bool = False,
     step: int | None = None,
+    stop_after: int | None = None,
     profile_steps: range | None = None,
     hardware: str | None = None,
-) -> dict:
+) -> dict | None:
     """Runs the experiment and returns the last evaluation's results.
 
     Results go to `workdir`: config.json, metrics.jsonl, checkpoints/. With `resume` it goes on from
-    the checkpoint there of `step`, or from the last, or begins again if there is none yet. Raises
-    ConfigError for the user's mistakes, before anything is compiled, and NonFiniteLossError when
-    training diverges.
+    the checkpoint there of `step`, or from the last, or begins again if there is none yet. On
+    SIGTERM, or after the step `stop_after`, it saves and returns None.
+
+    Raises ConfigError for the user's mistakes, before anything is compiled, and RunError when it
+    cannot go on, such as NonFiniteLossError when training diverges. When another process is lost
+    or stuck it ends this one (disag_jax/watchdog.py).
 
     hardware: what the planner plans for where split.placement is auto; None is the devices here.
     """
     config = auto_placement.resolve(config, hardware)
     config.validate()
+    with Watchdog(config) as watchdog:
+        return _train(config, workdir, watchdog, resume, step, stop_after, profile_steps)
+
+
+def _train(
+    config: Config,
+    workdir: str,
+    watchdog: Watchdog,
+    resume: bool,
+    step: int | None,
+    stop_after: int | None,
+    profile_steps: range | None,
+) -> dict | None:
     enable_float64(config)
     processes.check_same_config(config)
     meshes = make_meshes(config)
-    processes.check_same_flags(resume=resume, resume_step=step, profile_steps=profile_steps)
+    processes.check_same_flags(
+        resume=resume, resume_step=step, stop_after=stop_after, profile_steps=profile_steps
+    )
+    watchdog.at("reading the data")
     inputs = processes.on_each(lambda: load_inputs(config))
     digest = processes.on_each(inputs.train.digest)
     processes.check_same_text(digest)
     directory = Workdir(workdir)
     processes.on_first(lambda: directory.open(config, resume=resume, data_digest=digest))
     processes.check_same_workdir(directory)
+    watchdog.at("compiling")
     stepper = Stepper(config, meshes)
     stepper.check_memory()
+    watchdog.at("restoring or initialising the state")
     checkpoints = Checkpoints(
         directory.checkpoints,
         stepper.manager,
@@ -81,7 +88,10 @@ def train(
         keep_every=config.run.keep_checkpoint_every,
     )
     if resume and (step is not None or checkpoints.steps()):
-        state = checkpoints.restore(step)[0]
+        state, extra = checkpoints.restore(step)
+        # A step in another bucket sums in another order. Older checkpoints have no such entry.
+        if "buckets" in extra:
+            stepper.chooser.remember(extra["buckets"])
     else:
         state = stepper.init(config.run.seed)
     if state.step > config.run.num_steps:
@@ -89,20 +99,35 @@ def train(
             f"run.num_steps = {config.run.num_steps} must be at least {state.step}, the step of "
             "the checkpoint that the run goes on from"
         )
+    if stop_after is not None and stop_after <= state.step:
+        raise ConfigError(f"--stop_after = {stop_after} must be after the start, step {state.step}")
     processes.on_first(lambda: directory.write_config(config, digest))
     steps = range(state.step, config.run.num_steps)
     outputs = Outputs(
-        display=make_display(config),
-        log=MetricsLog(directory.metrics, directory.tensorboard, next_step=state.step + 1),
-        checkpoints=checkpoints,
-        profiler=Profiler(directory.profile, profile_steps),
+        config,
+        make_display(config),
+        MetricsLog(directory.metrics, directory.tensorboard, next_step=state.step + 1),
+        checkpoints,
+        watchdog,
+        Profiler(directory.profile, profile_steps),
     )
     try:
         outputs.display.say(startup_report.start_up(stepper, inputs.description))
         read = functools.partial(stepper.read_batch, inputs.train)
-        with Prefetch(read, steps, config.data.prefetch_steps) as batches:
-            state = _loop(config, stepper, state, batches, inputs, outputs)
-        return _evaluate(stepper, state, inputs, outputs)
+        with (
+            StopRequest(stop_after) as stop,
+            Prefetch(read, steps, config.data.prefetch_steps) as batches,
+        ):
+            state = _loop(stepper, state, batches, inputs, outputs, stop, watchdog)
+        result = None
+        if state.step == config.run.num_steps:
+            watchdog.at("the last evaluation")
+            result = _evaluate(stepper, state, inputs, outputs)
+        watchdog.at("the last checkpoint")
+        outputs.finish(state.step)
+        if result is None:
+            outputs.display.say(startup_report.stopped(state.step))
+        return result
     finally:
         outputs.close()
 
@@ -139,33 +164,52 @@ def _product(config: Config) -> str:
 
 
 def _loop(
-    config: Config,
     stepper: Stepper,
     state: TrainState,
     batches: Prefetch,
     inputs: Inputs,
     outputs: Outputs,
+    stop: StopRequest,
+    watchdog: Watchdog,
 ) -> TrainState:
+    """Trains until the last step, or until told to stop; returns the state then."""
+    config, run = stepper.config, stepper.config.run
+    skipped = SkippedSteps(run.max_skipped_steps)
+    stragglers = Stragglers(config, stepper.meshes)
     meter, began = StepMeter(config, stepper.meshes), time.perf_counter()
-    while state.step < config.run.num_steps:
+    while state.step < run.num_steps:
         if outputs.profiler.before_step(state):
             began = time.perf_counter()
         with jax.profiler.StepTraceAnnotation("step", step_num=state.step):
             watch = Stopwatch()
+            watchdog.at(f"the input of step {state.step + 1}")
             with watch("input_wait"):
                 batch = batches.take()
+            watchdog.at(f"step {state.step + 1}")
             state, metrics = stepper.train_step(state, batch)
         ended = time.perf_counter()
-        meter.add(metrics | watch.seconds | {"step_seconds": ended - began})
+        if metrics["skipped"]:
+            outputs.write(skipped.bad(state.step, metrics))
+            outputs.display.say(skipped.warning(state.step, metrics))
+        else:
+            skipped.good()
+            meter.add(metrics | watch.seconds | {"step_seconds": ended - began})
+            outputs.display.step(state.step, metrics["loss"])
         began = ended
-        outputs.display.step(state.step, metrics["loss"])
-        last = state.step == config.run.num_steps
-        if state.step % config.run.log_every == 0 or last:
-            outputs.record(meter.record(state.step))
-        if _due(state.step, config.run.checkpoint_every) or (last and config.run.checkpoint_every):
-            outputs.checkpoints.save(state, {"config": dataclasses.asdict(config)})
+        stopping = stop.reached(state.step)
+        last = stopping or state.step == run.num_steps
+        if (_due(state.step, run.log_every) or last) and not meter.is_empty:
+            state.wait()  # the samples need idle devices
+            outputs.record(*stragglers.sample(meter.record(state.step)))
+            outputs.settle(state.step)
+        saves = stopping or run.checkpoint_every > 0
+        if _due(state.step, run.checkpoint_every) or (last and saves):
+            outputs.save(state, stepper.chooser.memory)
             began = time.perf_counter()
-        if _due(state.step, config.run.eval_every) and not last:
+        if stopping:
+            break
+        if _due(state.step, run.eval_every) and not last:
+            watchdog.at(f"the evaluation after step {state.step}")
             _evaluate(stepper, state, inputs, outputs)
             began = time.perf_counter()
     return state
@@ -186,7 +230,7 @@ def _evaluate(stepper: Stepper, state: TrainState, inputs: Inputs, outputs: Outp
     }
     if inputs.tokens_per_byte is not None:
         result["bits_per_byte"] = loss / math.log(2) * inputs.tokens_per_byte
-    outputs.log.write(result)
+    outputs.write(result)
     outputs.display.say(startup_report.evaluation(result))
     return result
 

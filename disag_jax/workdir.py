@@ -8,6 +8,7 @@ import tempfile
 import typing
 
 from disag_jax.config import Config, ConfigError
+from disag_jax.files import write_json
 
 MARK = "started"
 
@@ -33,7 +34,10 @@ class Workdir:
         """
         path = str(self.path)
         try:
-            traces = [p for p in (self.config, self.metrics, self.checkpoints) if p.exists()]
+            traces = [p for p in (self.config, self.metrics) if p.exists()]
+            # An empty directory is of a run that was killed before its first step.
+            if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
+                traces.append(self.checkpoints)
             self.path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
@@ -63,8 +67,8 @@ class Workdir:
     def write_config(self, config: Config, data_digest: str | None = None):
         """Makes the directory that of a run of `config`, when nothing can refuse it any more."""
         try:
-            self.config.write_text(json.dumps(dataclasses.asdict(config), indent=2))
-            self.data.write_text(json.dumps({"first_batch": data_digest}))
+            write_json(self.config, dataclasses.asdict(config))
+            write_json(self.data, {"first_batch": data_digest})
         except OSError as error:
             raise _unwritable(str(self.path), error) from error
 

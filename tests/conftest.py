@@ -55,3 +55,24 @@ def trained_run(tmp_path_factory):
     )  # fmt: skip
     training.train(config, str(directory / "run"))
     return config, str(directory / "run")
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """A config that trains in seconds on text written for the test, and a fresh workdir."""
+    from disag_jax.config import SplitConfig
+    from tests import support
+
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(4):
+        lines = (f"line {n} of file {number}, {n * n}\n" for n in range(200))
+        (text / f"{number}.txt").write_text("".join(lines))
+    config = support.small_config(
+        SplitConfig(stages=2, attention_workers=1, expert_workers=3), 4, vocab_size=256
+    )
+    config.data.paths = (str(text),)
+    config.run = dataclasses.replace(
+        config.run, num_steps=6, log_every=1, eval_batches=1, eval_every=3, checkpoint_every=2
+    )
+    return config, str(tmp_path / "run")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import threading
 
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 from disag_jax import checkpoint
-from disag_jax.checkpoint import Checkpoints, SavedCheckpoint, UnreadableCheckpointError
+from disag_jax.checkpoint import Checkpoints, SaveFailedError
 from disag_jax.config import ConfigError, PlacementKind, SplitConfig
 from disag_jax.logical import state_maps
+from disag_jax.saved_checkpoint import SavedCheckpoint, UnreadableCheckpointError
 from disag_jax.state import StateManager
 from disag_jax.step import Stepper
 from tests import support
@@ -35,11 +37,20 @@ SPLITS = {
     "co-located": (
         SplitConfig(1, 2, 4, 2, bucket_factors=(), placement=PlacementKind.COLOCATED), 1,
     ),
+    "one device": (
+        SplitConfig(1, 1, 1, 1, bucket_factors=(), placement=PlacementKind.COLOCATED), 4,
+    ),
 }  # fmt: skip
 
 
 def make_stepper(split, micro_batches, **model) -> Stepper:
     return support.make_stepper(support.small_config(split, micro_batches, **MODEL | model))
+
+
+@functools.cache
+def stepper_of(name: str) -> Stepper:
+    """The stepper of one of SPLITS, compiled once for all tests."""
+    return make_stepper(*SPLITS[name])
 
 
 def sequences(step: int) -> np.ndarray:
@@ -88,7 +99,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    stepper = make_stepper(*SAVED_FROM)
+    stepper = stepper_of("2 1 3")
     directory = tmp_path_factory.mktemp("run")
     state, losses = stepper.init(3), []
     for step in range(2):
@@ -107,7 +118,7 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_split_restores_the_same_masters(name, run):
-    manager = make_stepper(*SPLITS[name]).manager
+    manager = stepper_of(name).manager
     state, extra = Checkpoints(run.directory, manager).restore()
     assert (state.step, extra) == (2, EXTRA)
     jax.tree.map(np.testing.assert_array_equal, logical(manager, state.masters), run.masters)
@@ -119,11 +130,32 @@ def test_every_split_restores_the_same_masters(name, run):
 
 @pytest.mark.parametrize("name", [name for name in SPLITS if SPLITS[name] is not SAVED_FROM])
 def test_training_goes_on_under_another_split(name, run):
-    stepper = make_stepper(*SPLITS[name])
+    stepper = stepper_of(name)
     state, _ = Checkpoints(run.directory, stepper.manager).restore(step=2)
     for step, expected in zip(range(2, 4), run.losses, strict=True):
         state, metrics = stepper.train_step(state, sequences(step))
         assert support.relative_error(metrics["total_loss"], expected) < 1e-12
+
+
+def test_a_run_that_moves_at_every_step(run, tmp_path):
+    """From the twin to one device and to other devices, each saving what the next restores."""
+    directory = run.directory
+    for step, name in zip(range(2, 5), ("co-located", "one device", "1 2 2"), strict=True):
+        stepper = stepper_of(name)
+        state, _ = Checkpoints(directory, stepper.manager).restore(step)
+        state, metrics = stepper.train_step(state, sequences(step))
+        if step < 4:
+            assert support.relative_error(metrics["total_loss"], run.losses[step - 2]) < 1e-12
+        checkpoints = Checkpoints(tmp_path, stepper.manager)
+        checkpoints.save(state, EXTRA)
+        checkpoints.wait()
+        directory = tmp_path
+    stayed, moved = stepper_of("2 1 3"), logical(stepper.manager, state.masters)
+    state, _ = Checkpoints(run.directory, stayed.manager).restore(2)
+    for step in range(2, 5):
+        state, _ = stayed.train_step(state, sequences(step))
+    errors = jax.tree.map(support.relative_error, moved, logical(stayed.manager, state.masters))
+    assert max(jax.tree.leaves(errors)) < 1e-10, errors
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
@@ -194,22 +226,25 @@ def test_another_course_after_an_older_step(small, tmp_path):
     assert again.steps() == [2, 3, 4]
 
 
-def test_a_failed_write_is_reported_and_leaves_no_checkpoint(small, tmp_path, monkeypatch):
+def test_a_failed_write_is_reported_and_leaves_the_others(small, tmp_path, monkeypatch):
     manager, state = small
-    checkpoints = Checkpoints(tmp_path, manager)
+    checkpoints = Checkpoints(tmp_path, manager, keep_last=1)
+    save_steps(checkpoints, state, [1])
+    checkpoints.wait()
 
     async def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "_write_leaf", fail)
-    save_steps(checkpoints, state, [1])
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.wait()
-    monkeypatch.undo()
-    again = Checkpoints(tmp_path, manager)
-    assert again.steps() == []
-    save_steps(again, state, [1])
-    assert again.steps() == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_leaf", fail)
+        save_steps(checkpoints, state, [2])
+        with pytest.raises(SaveFailedError, match=r"of step 2 could not be saved: disk full"):
+            checkpoints.wait()
+    assert checkpoints.steps() == [1]
+    save_steps(checkpoints, state, [3])
+    assert checkpoints.steps() == [3]
+    assert [path.name for path in tmp_path.iterdir()] == ["3"], "the broken one is cleaned up"
+    checkpoints.close()
 
 
 def test_no_checkpoint(small, tmp_path):
@@ -292,3 +327,25 @@ def test_damage(file, damage, small, tmp_path):
         with pytest.raises(UnreadableCheckpointError, match=message):
             saved = SavedCheckpoint.open(tmp_path)
             saved.params(), saved.router_bias()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(small, tmp_path):
+    manager, state = small
+    checkpoints = Checkpoints(tmp_path, manager)
+    save_steps(checkpoints, state, [1, 2, 3])
+    checkpoints.close()
+    flip_a_bit(tmp_path / "3" / CHUNK)
+    shorten(tmp_path / "2" / CHUNK)
+    again = Checkpoints(tmp_path, manager)
+    restored, _ = again.restore()
+    assert restored.step == again.last_good == 1
+    for step, sentence in zip((3, 2), again.damage, strict=True):
+        assert f"the checkpoint of step {step} in {tmp_path} cannot be read" in sentence
+    with pytest.raises(UnreadableCheckpointError, match=r"of step 3 .* cannot be read"):
+        again.restore(3)
+    again.restore()
+    save_steps(again, restored, [2])
+    assert again.steps() == [1, 2], "the damaged ones have gone with the course they were of"
+    flip_a_bit(tmp_path / "1" / CHUNK), flip_a_bit(tmp_path / "2" / CHUNK)
+    with pytest.raises(UnreadableCheckpointError, match=r"of step 2 .*; .* of step 1 "):
+        again.restore()

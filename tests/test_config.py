@@ -47,7 +47,8 @@ POSITIVE = [
     *fields("batch", "sequence_length tokens_per_worker micro_batches"),
     *fields("optimizer", "peak_learning_rate eps max_grad_norm"),
     *fields("run", "num_steps loss_chunk log_every eval_batches keep_checkpoints"),
-    *fields("run", "start_timeout_seconds heartbeat_timeout_seconds"),
+    *fields("run", "start_timeout_seconds heartbeat_timeout_seconds stall_timeout_seconds"),
+    *fields("run", "max_skipped_steps max_failed_checkpoints"),
 ]
 
 
@@ -75,6 +76,7 @@ RANGES = [
     ("model.capacity_factor", 0.0, "greater than 0"),
     ("model.capacity_factor", -1.25, "greater than 0"),
     ("run.peak_tflops_per_device", 0.0, "greater than 0"),
+    ("run.straggler_factor", 1.0, "greater than 1"),
     ("split.hop", 0, "1 or 2"),
     ("split.hop", 3, "1 or 2"),
     ("split.bucket_factors", (1.25, 0.5), "at least 1"),

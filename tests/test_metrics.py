@@ -1,18 +1,15 @@
-"""Log records against plain sums; what is written to the workdir and shown on the terminal."""
+"""Log records against plain sums, and what is shown on the terminal."""
 
 import dataclasses
 import io
-import json
-import struct
 import types
 
 import jax
 import numpy as np
 import pytest
 import rich.console
-from tensorboardX.proto import event_pb2
 
-from disag_jax import display, metrics
+from disag_jax import display, metrics, metrics_log
 from disag_jax.config import SplitConfig
 from disag_jax.flops import model_flops
 from disag_jax.geometry import Bucket
@@ -140,44 +137,9 @@ def test_memory_of_other_processes_is_what_they_say(monkeypatch):
     assert found == {"replica0_stage0_attention0": 1.0, "replica0_stage0_expert0": 3.0}
 
 
-def read_events(directory) -> dict[tuple[str, int], float]:
-    """{(tag, step): value} of TensorBoard's files."""
-    found = {}
-    for path in sorted(directory.iterdir()):
-        data = path.read_bytes()
-        while data:
-            # Length, its checksum, the event, its checksum.
-            (size,) = struct.unpack("<Q", data[:8])
-            event = event_pb2.Event.FromString(data[12 : 12 + size])
-            for value in event.summary.value:
-                found[value.tag, event.step] = value.simple_value
-            data = data[16 + size :]
-    return found
-
-
-def test_records_go_to_json_lines_and_to_tensorboard(tmp_path):
-    lines, events = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
-    written = [
-        {"step": 5, "loss": 1.5, "expert_load": [1.0, 2.5], "peak_memory_gib": {"a": 3.0}},
-        {"step": 6, "held_out_loss": 1.25},
-    ]
-    for record in written:  # the second as if resumed
-        log = metrics.MetricsLog(lines, events, next_step=record["step"])
-        log.write(record)
-        log.close()
-    assert [json.loads(line) for line in lines.read_text().splitlines()] == written
-    assert read_events(events) == {
-        ("loss", 5): 1.5,
-        ("layer_00/expert_load", 5): 1.0,
-        ("layer_01/expert_load", 5): 2.5,
-        ("peak_memory_gib/a", 5): 3.0,
-        ("held_out_loss", 6): 1.25,
-    }
-
-
 def test_only_the_first_process_writes_and_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    log = metrics.MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", next_step=1)
+    log = metrics_log.MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", next_step=1)
     log.write({"step": 1, "loss": 2.0})
     log.close()
     shown = display.make_display(CONFIG)

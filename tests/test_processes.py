@@ -1,37 +1,15 @@
 """Real processes on this machine, joined over the loopback: same losses, and mistakes told."""
 
 import functools
-import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pytest
 
 from disag_jax import processes
 from disag_jax.config import Config, ConfigError
-
-REPOSITORY = pathlib.Path(__file__).parent.parent
-TIMEOUT_SECONDS = 240
-
-CONFIG = """
-from configs import tiny
-from disag_jax.config import Dtype
-
-def get_config():
-    config = tiny.get_config()
-    config.model.d_model, config.model.expert_width, config.model.num_layers = 16, 8, 3
-    config.batch.sequence_length, config.batch.tokens_per_worker = 16, 32
-    config.data.paths = ({text!r},)
-    config.run.compute_dtype = Dtype.FLOAT64
-    config.run.num_steps, config.run.log_every = 4, 1
-    config.run.eval_every, config.run.eval_batches, config.run.checkpoint_every = 0, 1, 2
-    config.run.start_timeout_seconds = 60
-    return config
-"""
+from tests import launching
+from tests.launching import REPOSITORY, TIMEOUT_SECONDS, finish, free_port, launch, losses, start
 
 MIXED = ("--config.split.stages=2", "--config.split.expert_workers=3")
 # Half of the devices attention, half experts: with two processes each has one role only.
@@ -43,77 +21,9 @@ ONE_ROLE_EACH = (
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("processes")
-    text = directory / "text"
-    text.mkdir()
-    for number in range(4):
-        lines = (f"line {n} of file {number}, {n * n}\n" for n in range(200))
-        (text / f"{number}.txt").write_text("".join(lines))
-    path = directory / "small.py"
-    path.write_text(CONFIG.format(text=str(text)))
-    return path
-
-
-def start(config_file, workdir, devices, *arguments):
-    command = [
-        sys.executable,
-        "train.py",
-        f"--config={config_file}",
-        f"--workdir={workdir}",
-        f"--cpu_devices={devices}",
-        *arguments,
-    ]
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    return subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def finish(running):
-    """(exit code, stdout, stderr) of each process; none outlives the test."""
-    try:
-        return [(*p.communicate(timeout=TIMEOUT_SECONDS), p.returncode) for p in running]
-    finally:
-        for process in running:
-            process.kill()
-
-
-def launch(config_file, workdir, num_processes, *arguments):
-    """Runs all processes to their end and returns the first one's records."""
-    port = free_port()
-    joined = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}")
-    running = [
-        start(
-            config_file,
-            workdir,
-            8 // num_processes,
-            *arguments,
-            *(joined if num_processes > 1 else ()),
-            *((f"--process_id={process}",) if num_processes > 1 else ()),
-        )
-        for process in range(num_processes)
-    ]
-    for out, error, code in finish(running):
-        assert code == 0, (out[-2000:], error[-4000:])
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def losses(records):
-    return [record["loss"] for record in records if "loss" in record]
+    return launching.write_config(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +106,23 @@ def test_what_one_process_alone_sees_ends_all(name, config_file, tmp_path):
         running.append(start(config_file, workdir, 4, *joined, *flags))
     for _, error, code in finish(running):
         assert code == 2 and sentence in error, (code, error[-2000:])
+
+
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_another_version_of_the_code_is_refused(config_file, tmp_path):
+    copy = tmp_path / "copy"
+    for package in ("configs", "disag_jax", "layers", "mesh"):
+        shutil.copytree(REPOSITORY / package, copy / package)
+    shutil.copy(REPOSITORY / "train.py", copy)
+    with (copy / "layers/norm.py").open("a") as file:
+        file.write("# changed\n")
+    port, running = free_port(), []
+    for process, script in enumerate(("train.py", str(copy / "train.py"))):
+        joined = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={process}")
+        running.append(start(config_file, tmp_path / "run", 4, *joined, script=script))
+    for _, error, code in finish(running):
+        assert code == 2 and "the code = 'jax " in error, error[-2000:]
+        assert "must be the same in all processes" in error
 
 
 SLURM = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}

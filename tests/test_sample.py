@@ -12,10 +12,10 @@ import pytest
 import tokenizers
 
 from disag_jax import sample
-from disag_jax.checkpoint import SavedCheckpoint
 from disag_jax.config import Config, ConfigError, DataConfig
 from disag_jax.prepare import prepare
 from disag_jax.sample import Sampler
+from disag_jax.saved_checkpoint import SavedCheckpoint
 from disag_jax.state import RUN_ONCE
 from disag_jax.tokenizer import ByteTokenizer, FileTokenizer
 from tests import reference

@@ -11,29 +11,12 @@ import pytest
 
 from configs import tiny
 from disag_jax import startup_report, training
+from disag_jax.bad_numbers import NonFiniteLossError
 from disag_jax.config import ConfigError, Dtype, PlacementKind, SplitConfig
-from disag_jax.step import NonFiniteLossError, Stepper
+from disag_jax.step import Stepper
 from tests import support
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-
-
-@pytest.fixture
-def small_run(tmp_path):
-    """A config that trains in seconds on text written for the test, and a fresh workdir."""
-    text = tmp_path / "text"
-    text.mkdir()
-    for number in range(4):
-        lines = (f"line {n} of file {number}, {n * n}\n" for n in range(200))
-        (text / f"{number}.txt").write_text("".join(lines))
-    config = support.small_config(
-        SplitConfig(stages=2, attention_workers=1, expert_workers=3), 4, vocab_size=256
-    )
-    config.data.paths = (str(text),)
-    config.run = dataclasses.replace(
-        config.run, num_steps=6, log_every=1, eval_batches=1, eval_every=3, checkpoint_every=2
-    )
-    return config, str(tmp_path / "run")
 
 
 def records(workdir) -> list[dict]:
@@ -43,6 +26,8 @@ def records(workdir) -> list[dict]:
 def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
     config, workdir = small_run
     result = training.train(config, workdir, profile_steps=range(4, 5))
+    saves = [r for r in records(workdir) if "checkpoint_seconds" in r]
+    assert [r["step"] for r in saves] == [2, 4, 6] and saves[0]["checkpoint_seconds"] > 0
     printed = capsys.readouterr().out
     for fact in ("split", "experts 0-1", "parameters", "periods a step", "held-out loss", "bigram"):
         assert fact in printed
@@ -71,27 +56,35 @@ def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
         ConfigError, match=r"run.num_steps = 5 must be at least 6, the step of the ch"
     ):
         training.train(shorter, workdir, resume=True)
+    written = len(records(workdir))
     training.train(config, workdir, resume=True, step=4)
-    again = [r for r in records(workdir)[len(steps) + 2 :] if "loss" in r]
+    again = [r for r in records(workdir)[written:] if "loss" in r]
     assert [r["step"] for r in again] == [5, 6]
     for first, second in zip(steps[4:], again, strict=True):
         assert first["loss"] == second["loss"] and first["gradient_norm"] == second["gradient_norm"]
     assert training.train(config, workdir, resume=True) == result
 
 
-def test_nan_loss_stops_the_run_and_says_the_step(small_run, monkeypatch):
+def test_nan_loss_stops_the_run_and_says_the_step(small_run, monkeypatch, capsys):
     config, workdir = small_run
-    init = Stepper.init
+    change(config, "run", max_skipped_steps=3, log_every=2)
+    train_step, last_good = Stepper.train_step, 2
 
-    def broken_init(self, seed):
-        state = init(self, seed)
-        return dataclasses.replace(
-            state, vocabulary={n: x * np.nan for n, x in state.vocabulary.items()}
-        )
+    def diverge(self, state, batch):
+        if state.step == last_good:
+            vocabulary = {name: x * np.nan for name, x in state.vocabulary.items()}
+            state = dataclasses.replace(state, vocabulary=vocabulary)
+        return train_step(self, state, batch)
 
-    monkeypatch.setattr(Stepper, "init", broken_init)
-    with pytest.raises(NonFiniteLossError, match="step 1: loss = nan"):
+    monkeypatch.setattr(Stepper, "train_step", diverge)
+    with pytest.raises(NonFiniteLossError, match=r"step 5: loss = nan .*skipped .* = 3 in a row"):
         training.train(config, workdir)
+    assert "step 4: loss = nan" in capsys.readouterr().out
+    skips = [record for record in records(workdir) if "skipped_steps" in record]
+    assert [(r["step"], r["skipped_steps"]) for r in skips] == [(3, 1), (4, 2), (5, 3)]
+    assert len(skips[0]["non_finite_expert"]) == config.model.num_layers
+    assert all("loss" not in record for record in skips)
+    assert pathlib.Path(workdir, "checkpoints", str(last_good)).is_dir()
 
 
 def change(config, section, **fields):

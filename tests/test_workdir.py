@@ -109,3 +109,12 @@ def test_another_split_goes_on(tmp_path):
     assert workdir.read_config() == small_config(), "nothing is written before the run is sure"
     workdir.write_config(config)
     assert workdir.read_config() == config
+
+
+def test_a_run_that_was_killed_before_its_first_step_can_begin_again(tmp_path):
+    workdir = Workdir(str(tmp_path))
+    workdir.checkpoints.mkdir()
+    workdir.open(small_config(), resume=False)
+    (workdir.checkpoints / "2").mkdir()
+    with pytest.raises(ConfigError, match="must be new: it holds another run's checkpoints"):
+        workdir.open(small_config(), resume=False)

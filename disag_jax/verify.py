@@ -1,0 +1,111 @@
+"""Checks of a config on the machine at hand that a promise holds for it.
+
+  python -m disag_jax.verify resume --config configs/tiny.py --workdir runs/verify --cpu_devices 8
+
+`resume` trains once without a break and once with a stop and a resumption half way, as commands of
+their own, and compares what came out bit for bit: the metrics of every step, and all arrays of the
+last checkpoint, optimizer state included. On GPUs it wants `--deterministic`.
+"""
+
+import copy
+import dataclasses
+import pathlib
+import subprocess
+
+from disag_jax import launch
+from disag_jax.config import Config, ConfigError
+from disag_jax.errors import RunError
+from disag_jax.report import read_records
+from disag_jax.saved_checkpoint import SavedCheckpoint
+from disag_jax.workdir import Workdir
+
+CHECKS = ("resume",)
+# Fields of a record that say how fast the machine was.
+SPEED = ("tokens_per_second", "tflops_per_device", "mfu", "peak_memory_gib")
+
+
+def verify_resume(config: Config, directory: pathlib.Path, num_steps: int, *flags: str) -> str:
+    """Trains `num_steps` whole and in two halves; what was compared, in words.
+
+    RunError if a bit differs. `flags` are more of `train.py`, such as "--cpu_devices=8".
+    """
+    config = copy.deepcopy(config)
+    config.run = dataclasses.replace(config.run, log_every=1, eval_every=0, checkpoint_every=0)
+    whole, halves = directory / "whole", directory / "halves"
+    _train(config, whole, f"--stop_after={num_steps}", *flags)
+    _train(config, halves, f"--stop_after={num_steps // 2}", *flags)
+    _train(config, halves, "--resume", f"--stop_after={num_steps}", *flags)
+    return compare(whole, halves, num_steps)
+
+
+def compare(whole: pathlib.Path, halves: pathlib.Path, num_steps: int) -> str:
+    """Compares the runs of two workdirs up to a step, as `verify_resume` does."""
+    records = [read_records(Workdir(str(path)).metrics)[0] for path in (whole, halves)]
+    for first, second in zip(*records, strict=True):
+        for field in first.keys() | second.keys():
+            if field not in SPEED and not field.endswith("_seconds"):
+                _require_equal(first.get(field), second.get(field), first["step"], field)
+    if len(records[0]) != num_steps:
+        raise RunError(f"{whole} must have logged {num_steps} steps, not {len(records[0])}")
+    saved = [SavedCheckpoint.open(path / "checkpoints", num_steps) for path in (whole, halves)]
+    for name in saved[0].leaves:
+        first, second = (checkpoint.read(name).tobytes() for checkpoint in saved)
+        if first != second:
+            raise RunError(
+                f"{name} of the checkpoints of step {num_steps} must be equal bit by bit"
+            )
+    return (
+        f"the metrics of {num_steps} steps and the {len(saved[0].leaves)} arrays of the last "
+        "checkpoint are equal bit for bit"
+    )
+
+
+def _require_equal(first, second, step: int, field: str):
+    # Python writes and reads the shortest decimals that stand for a float's exact bits.
+    if first != second:
+        raise RunError(
+            f"step {step}: {field} = {second} of the resumed run must be {first}, as without a stop"
+        )
+
+
+def _train(config: Config, workdir: pathlib.Path, *flags: str):
+    command = launch.train_command(config, workdir, *flags)
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RunError(f"{' '.join(flags)}: {launch.last_line(process.stderr)}")
+
+
+def main(check: str, config: Config, workdir: str, num_steps: int, flags: list[str]):
+    """Runs one of CHECKS; RunError if it fails."""
+    if check not in CHECKS:
+        raise ConfigError(f"check = {check!r} must be one of {', '.join(CHECKS)}")
+    config.validate()
+    if num_steps % 2 or not 2 <= num_steps <= config.run.num_steps:
+        raise ConfigError(
+            f"--steps = {num_steps} must be even and at most run.num_steps = {config.run.num_steps}"
+        )
+    directory = pathlib.Path(workdir).resolve()
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigError(f"workdir = {workdir!r} must be a new or empty directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    print(f"{check}: {verify_resume(config, directory, num_steps, *flags)}")
+
+
+if __name__ == "__main__":
+    from absl import flags
+
+    from disag_jax import cli
+
+    _CONFIG = cli.define_config_flag()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "directory for the runs that are compared")
+    _STEPS = flags.DEFINE_integer("steps", 6, "optimizer steps; the stop is after half of them")
+    _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
+    _DETERMINISTIC = flags.DEFINE_bool("deterministic", False, "as of train.py, for GPUs")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def _run(check):
+        more = [f"--cpu_devices={_CPU_DEVICES.value}"]
+        more += ["--deterministic"] if _DETERMINISTIC.value else []
+        main(check, _CONFIG.value, _WORKDIR.value, _STEPS.value, more)
+
+    cli.run(_run, arguments="check")

@@ -1,0 +1,114 @@
+"""Slow workers, slow hosts and slow steps are noticed and named."""
+
+import pytest
+
+from disag_jax.config import SplitConfig
+from disag_jax.stragglers import Stragglers, slow_hosts
+from tests import launching, support
+from tests.launching import PAIR, TIMEOUT_SECONDS
+
+# train.py, but in process 1 the disk is slow: each batch takes a fifth of a second.
+SLOW_INPUT = """
+import runpy, sys, time
+sys.path.insert(0, ".")
+if "--process_id=1" in sys.argv:
+    from disag_jax import batches
+    rows = batches.Batches.rows
+    def slowly(*args):
+        time.sleep(0.2)
+        return rows(*args)
+    batches.Batches.rows = slowly
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_a_process_with_a_slow_disk_is_named(tmp_path):
+    config_file, workdir = launching.write_config(tmp_path), tmp_path / "run"
+    (tmp_path / "slow.py").write_text(SLOW_INPUT)
+    # Process 1 reads only if it has an attention worker.
+    arguments = ("--config.split.placement=colocated", "--config.split.attention_workers=2")
+    arguments += ("--config.run.log_every=3", "--config.run.num_steps=6")
+    arguments += ("--config.run.checkpoint_every=0", "--config.data.prefetch_steps=0")
+    running = launching.start_all(
+        config_file, workdir, 2, *PAIR, *arguments, devices=2, script=str(tmp_path / "slow.py")
+    )
+    (out, error, code), _ = launching.finish(running)
+    assert code == 0, error[-3000:]
+    assert "warning: step 6: process 1 is slow: its host takes 0.2" in out, out
+    assert "process 0 is slow" not in out
+    record = [r for r in launching.read_records(workdir) if "host_seconds_of" in r][-1]
+    assert record["host_seconds_of"]["process1"] > 0.15 > record["host_seconds_of"]["process0"]
+
+
+@pytest.mark.parametrize(
+    "hosts, step_seconds, slow",
+    [
+        ([0.1], 0.2, []),
+        ([0.01, 0.02], 1.0, []),
+        ([0.01, 0.5], 1.0, [1]),
+        ([0.01, 0.01, 0.02, 0.6], 1.0, [3]),
+        ([0.5, 0.5, 0.5], 1.0, []),
+    ],
+)
+def test_a_slow_host_counts_by_what_it_costs_a_step(hosts, step_seconds, slow):
+    warnings = slow_hosts(hosts, step_seconds, factor=1.5)
+    assert [int(warning.split()[1]) for warning in warnings] == slow
+
+
+@pytest.fixture(scope="module")
+def stepper():
+    return support.make_stepper(support.small_config(SplitConfig(expert_workers=2), 1))
+
+
+def record_of(step_seconds, **more):
+    return {"step_seconds": step_seconds, "input_wait_seconds": 0.0, "host_seconds": 0.0, **more}
+
+
+def test_every_worker_is_sampled(stepper):
+    fields, _ = Stragglers(stepper.config, stepper.meshes).sample(record_of(1.0))
+    names = ["replica0_stage0_attention0", "replica0_stage0_expert0", "replica0_stage0_expert1"]
+    assert list(fields["worker_milliseconds"]) == names
+    assert min(fields["worker_milliseconds"].values()) > 0
+
+
+def test_a_worker_that_stays_slow_is_named(stepper, monkeypatch):
+    watch = Stragglers(stepper.config, stepper.meshes)
+    times = {"attention0": 1.0, "expert0": 1.1, "expert1": 1.7}
+
+    def warnings():
+        monkeypatch.setattr(watch, "_gather", lambda _: (times, [0.0]))
+        return watch.sample(record_of(1.0))[1]
+
+    assert [warnings(), warnings()] == [[], []]
+    times["expert1"] = 1.0  # something else was on its host
+    assert warnings() == []
+    times["expert1"] = 1.7
+    assert [warnings() for _ in range(4)] == [
+        [],
+        [],
+        ["expert1 is slow: it took 1.7 ms for what takes the others 1.1 ms, 3 times in a row"],
+        [],
+    ]
+
+
+def slow_steps(watch: Stragglers, *records):
+    return [[w for w in watch.sample(r)[1] if w.startswith("a step")] for r in records]
+
+
+def test_a_step_slower_than_the_median_of_the_run_is_reported(stepper):
+    watch = Stragglers(stepper.config, stepper.meshes)
+    compiling = record_of(9.0, compile_seconds=9.0)
+    usual = [record_of(1.0 + i / 10) for i in range(3)]
+    assert slow_steps(watch, compiling, *usual, record_of(1.6)) == [[]] * 5
+    assert slow_steps(watch, record_of(2.2)) == [
+        ["a step took 2.2 s, 1.9 times the 1.15 s that were expected"]
+    ]
+
+
+def test_a_prediction_takes_the_place_of_the_median(stepper):
+    watch = Stragglers(stepper.config, stepper.meshes, predicted_step_seconds=0.5)
+    assert slow_steps(watch, record_of(0.7), record_of(0.8)) == [
+        [],
+        ["a step took 0.8 s, 1.6 times the 0.5 s that were expected"],
+    ]
