@@ -34,7 +34,8 @@ class DryRun:
     Attributes:
       prediction: the planner's, for the hardware.
       needed: bytes of each kind of worker by the compiler's count, on the CPU.
-      arguments_and_outputs: bytes of the program's on one device, by the compiler's count.
+      arguments_and_outputs: bytes of the program's on one device, by the compiler's count; outputs
+        that take the memory of an argument count once.
       pair_bytes: bytes that one worker sends to one other in a step, by kind of transfer.
     """
 
@@ -58,7 +59,9 @@ def dry_run(config: Config, hardware: Hardware) -> DryRun:
     return DryRun(
         prediction=prediction,
         needed=needed_bytes(stepper.manager, compiled),
-        arguments_and_outputs=analysis.argument_size_in_bytes + analysis.output_size_in_bytes,
+        arguments_and_outputs=analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes,
         pair_bytes=pair_bytes(config, stepper.schedule),
     )
 
