@@ -155,13 +155,13 @@ FAILING_DISK = """
 import runpy, sys
 sys.path.insert(0, ".")
 if "--process_id=1" in sys.argv:
-    from disag_jax import checkpoint
-    write_leaf = checkpoint._write_leaf
+    from disag_jax import leaf_arrays
+    write_leaf = leaf_arrays.write_leaf
     async def fail_at_step_4(root, *args):
         if "/4.orbax" in str(root):
             raise OSError("the disk of process 1 is full")
         await write_leaf(root, *args)
-    checkpoint._write_leaf = fail_at_step_4
+    leaf_arrays.write_leaf = fail_at_step_4
 runpy.run_path("train.py", run_name="__main__")
 """
 
