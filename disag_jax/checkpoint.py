@@ -12,7 +12,6 @@ largest shard of a leaf.
 """
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import json
@@ -21,50 +20,27 @@ import pathlib
 import tempfile
 
 import jax
-import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-import tensorstore as ts
 
-from disag_jax import processes
+from disag_jax import leaf_arrays, processes
 from disag_jax.config import ConfigError
 from disag_jax.errors import RunError
-from disag_jax.logical import LeafMap, state_maps
+from disag_jax.leaf_arrays import Leaf
+from disag_jax.logical import state_maps
 from disag_jax.saved_checkpoint import (
     ARRAYS,
     UnreadableCheckpointError,
     checksum,
     existing_step,
-    open_array,
     read_metadata,
     reading,
     saved_steps,
-    storage,
 )
 from disag_jax.state import StateManager, TrainState
 
 
 class SaveFailedError(RunError):
     """A checkpoint could not be written; those before it are as they were."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One array of the training state.
-
-    Attributes:
-      name: its path in the state, and its directory in a checkpoint.
-      physical: its shape, type and sharding under the split at hand.
-      leaf_map: its logical form.
-    """
-
-    name: str
-    physical: jax.ShapeDtypeStruct
-    leaf_map: LeafMap
-
-    @property
-    def logical_type(self) -> str:
-        """Type and logical shape, as in "float32[4, 64]"."""
-        return f"{self.physical.dtype}{list(self.leaf_map.logical_shape)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +68,9 @@ class LogicalArraysHandler(ocp.handlers.CheckpointableHandler):
         """Copies to the host what is to be written, and returns the writing."""
         pairs = list(zip(arrays.leaves, arrays.arrays, strict=True))
         for _, array in pairs:
-            for shard in _shards_to_write(array):
+            for shard in leaf_arrays.shards_to_write(array):
                 shard.data.copy_to_host_async()
-        blocks = [(leaf, _blocks(leaf, array)) for leaf, array in pairs]
+        blocks = [(leaf, leaf_arrays.blocks_to_write(leaf, array)) for leaf, array in pairs]
         return self._write(directory, blocks, arrays.attempt)
 
     async def _write(self, directory, leaves, attempt: str):
@@ -103,7 +79,7 @@ class LogicalArraysHandler(ocp.handlers.CheckpointableHandler):
             # One leaf after the other bounds the memory; a leaf's chunks are written at once.
             leaves.reverse()
             while leaves:
-                await _write_leaf(root, *leaves.pop())
+                await leaf_arrays.write_leaf(root, *leaves.pop())
 
         failure = await processes.share_failure(attempt, write())
         if failure:
@@ -292,7 +268,7 @@ class Checkpoints:
             with reading(self._directory, step):
                 root = pathlib.Path(self._directory, str(step), ARRAYS)
                 # One leaf after the other: this bounds the memory.
-                arrays = [asyncio.run(_read_leaf(root, leaf)) for leaf in self._leaves]
+                arrays = [asyncio.run(leaf_arrays.read_leaf(root, leaf)) for leaf in self._leaves]
             return (arrays, metadata.extra), ""
         except UnreadableCheckpointError as error:
             return ([], {}), str(error)
@@ -305,70 +281,3 @@ class Checkpoints:
                     f"the checkpoint of step {step} in {self._directory} must be of this model: "
                     f"its {name} is {there}, the model's is {here}"
                 )
-
-
-async def _all(tasks) -> list:
-    """Results of the tasks; the first error only when all are done, as none may be left running."""
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
-
-
-def _shards_to_write(array: jax.Array) -> list:
-    """This process's shards, without those that another device writes."""
-    return [shard for shard in array.addressable_shards if shard.replica_id == 0]
-
-
-def _blocks(leaf: Leaf, array: jax.Array) -> list[tuple]:
-    """What this process writes of a leaf: (logical indices by dim, host copy of the values)."""
-    blocks = []
-    for shard in _shards_to_write(array):
-        located = leaf.leaf_map.locate(shard.index)
-        if not located.is_empty:
-            blocks.append((located.targets, located.pick(np.asarray(shard.data))))
-    return blocks
-
-
-async def _write_leaf(root, leaf: Leaf, blocks):
-    if not blocks:
-        return
-    metadata = {
-        "shape": leaf.leaf_map.logical_shape,
-        "data_type": leaf.physical.dtype.name,
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": leaf.leaf_map.chunk_shape},
-        },
-        "codecs": [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "crc32c"},
-        ],
-    }
-    # A chunk of zeros is stored like any other, so that a missing one is an error when read.
-    options = {"metadata": metadata, "store_data_equal_to_fill_value": True}
-    store = await ts.open(storage(root, leaf.name) | options, open=True, create=True)
-    await _all(store.oindex[targets].write(values) for targets, values in blocks)
-
-
-async def _read_leaf(root, leaf: Leaf) -> jax.Array:
-    """The array under the split at hand, zeros in the padding; each part is read only once."""
-    shape, sharding = leaf.physical.shape, leaf.physical.sharding
-    devices_of = collections.defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        devices_of[str(index)].append((device, index))
-    buffers = []
-    if devices_of:
-        logical = jax.ShapeDtypeStruct(leaf.leaf_map.logical_shape, leaf.physical.dtype)
-        store = await open_array(root, leaf.name, logical)
-    for alike in devices_of.values():
-        located = leaf.leaf_map.locate(alike[0][1])
-        values = await store.oindex[located.targets].read()
-        shard = located.fill(values, sharding.shard_shape(shape))
-        buffers += [jax.device_put(shard, device) for device, _ in alike]
-        # The host's copy is free for the next shard.
-        jax.block_until_ready(buffers)
-    return jax.make_array_from_single_device_arrays(
-        shape, sharding, buffers, dtype=leaf.physical.dtype
-    )

@@ -21,7 +21,10 @@ from disag_jax.workdir import Workdir
 
 CHECKS = ("resume",)
 # Fields of a record that say how fast the machine was.
-SPEED = ("tokens_per_second", "tflops_per_device", "mfu", "peak_memory_gib")
+SPEED = (
+    "tokens_per_second", "tflops_per_device", "mfu", "peak_memory_gib", "worker_milliseconds",
+    "host_seconds_of",
+)  # fmt: skip
 
 
 def verify_resume(config: Config, directory: pathlib.Path, num_steps: int, *flags: str) -> str:

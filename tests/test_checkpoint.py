@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disag_jax import checkpoint
+from disag_jax import leaf_arrays
 from disag_jax.checkpoint import Checkpoints, SaveFailedError
 from disag_jax.config import ConfigError, PlacementKind, SplitConfig
 from disag_jax.logical import state_maps
@@ -67,7 +67,7 @@ def logical(manager: StateManager, masters: dict) -> dict:
 @contextlib.contextmanager
 def writing_held_back():
     """Lets nothing be written to disk inside, as if the disk were slow."""
-    released, write_leaf = threading.Event(), checkpoint._write_leaf
+    released, write_leaf = threading.Event(), leaf_arrays.write_leaf
 
     async def write_later(*args):
         while not released.is_set():
@@ -75,7 +75,7 @@ def writing_held_back():
         await write_leaf(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_write_leaf", write_later)
+        patch.setattr(leaf_arrays, "write_leaf", write_later)
         try:
             yield
         finally:
@@ -236,7 +236,7 @@ def test_a_failed_write_is_reported_and_leaves_the_others(small, tmp_path, monke
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_leaf", fail)
+        patch.setattr(leaf_arrays, "write_leaf", fail)
         save_steps(checkpoints, state, [2])
         with pytest.raises(SaveFailedError, match=r"of step 2 could not be saved: disk full"):
             checkpoints.wait()

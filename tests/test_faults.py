@@ -57,12 +57,13 @@ def test_a_killed_run_goes_on_from_the_newest_complete_checkpoint(tmp_path, num_
         assert steps[-1] - newest <= 2, (steps[-1], newest)
         SavedCheckpoint.open(workdir / "checkpoints").params()
         resume = ("--resume",)
-    last = (*KILLED, "--resume", f"--stop_after={newest + 1}")
+    # Up to where the last kill had got.
+    last = (*KILLED, "--resume", f"--stop_after={newest + 2}")
     killed = launching.launch(config_file, workdir, 1, *last, devices=2)
-    whole = (*KILLED, f"--stop_after={newest + 1}", "--config.run.checkpoint_every=0")
+    whole = (*KILLED, f"--stop_after={newest + 2}", "--config.run.checkpoint_every=0")
     expected = launching.launch(config_file, tmp_path / "whole", 1, *whole, devices=2)
     loss_of = {record["step"]: record["loss"] for record in expected if "loss" in record}
-    assert len(loss_of) == newest + 1
+    assert len(loss_of) == newest + 2
     for record in killed:
         if "loss" in record:
             assert record["loss"] == loss_of[record["step"]], record["step"]
@@ -154,13 +155,13 @@ FAILING_DISK = """
 import runpy, sys
 sys.path.insert(0, ".")
 if "--process_id=1" in sys.argv:
-    from disag_jax import checkpoint
-    write_leaf = checkpoint._write_leaf
+    from disag_jax import leaf_arrays
+    write_leaf = leaf_arrays.write_leaf
     async def fail_at_step_4(root, *args):
         if "/4.orbax" in str(root):
             raise OSError("the disk of process 1 is full")
         await write_leaf(root, *args)
-    checkpoint._write_leaf = fail_at_step_4
+    leaf_arrays.write_leaf = fail_at_step_4
 runpy.run_path("train.py", run_name="__main__")
 """
 
