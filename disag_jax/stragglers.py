@@ -1,7 +1,7 @@
 """Which worker or process is slow: in lock step all wait for it, and the step's time is the same.
 
-So at every log record each device runs a small piece of work by itself, and each process tells how
-long its host takes in a step, for input and everything else that is no program.
+So now and then each device runs a small piece of work by itself, and each process tells how long its
+host takes in a step, for input and everything else that is no program.
 """
 
 import collections
@@ -21,6 +21,8 @@ PROBE_SIZE = {"gpu": 2048}
 DEFAULT_PROBE_SIZE = 256
 # The best of some runs, as a busy host delays single ones.
 PROBE_RUNS = 3
+# Steps between two samples, at least: devices are idle while one is taken.
+LEAST_STEPS = 10
 # Samples in a row that make a worker slow: one alone may have met something else on its host.
 SLOW_SAMPLES = 3
 # Records that a median is taken of, and how many there must be.
@@ -41,7 +43,14 @@ class Stragglers:
         self._predicted = predicted_step_seconds
         self._slow_samples = collections.Counter()
         self._recent = collections.deque(maxlen=REMEMBERED_RECORDS)
+        self._records_per_sample = -(-LEAST_STEPS // config.run.log_every)
+        self._records = 0
         self._probes = _make_probes(config, meshes)
+
+    def is_due(self) -> bool:
+        """Whether to sample with this log record; every process must ask at every one."""
+        self._records += 1
+        return self._records % self._records_per_sample == 0
 
     def sample(self, record: dict) -> tuple[dict, list[str]]:
         """A log record (disag_jax/metrics.py) with more fields, and warnings in words.

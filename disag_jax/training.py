@@ -199,8 +199,11 @@ def _loop(
         stopping = stop.reached(state.step)
         last = stopping or state.step == run.num_steps
         if (_due(state.step, run.log_every) or last) and not meter.is_empty:
-            state.wait()  # the samples need idle devices
-            outputs.record(*stragglers.sample(meter.record(state.step)))
+            record, warnings = meter.record(state.step), []
+            if stragglers.is_due() or last:
+                state.wait()  # the samples need idle devices
+                record, warnings = stragglers.sample(record)
+            outputs.record(record, warnings)
             outputs.settle(state.step)
         saves = stopping or run.checkpoint_every > 0
         if _due(state.step, run.checkpoint_every) or (last and saves):

@@ -1,5 +1,7 @@
 """Slow workers, slow hosts and slow steps are noticed and named."""
 
+import dataclasses
+
 import pytest
 
 from disag_jax.config import SplitConfig
@@ -70,6 +72,15 @@ def test_every_worker_is_sampled(stepper):
     names = ["replica0_stage0_attention0", "replica0_stage0_expert0", "replica0_stage0_expert1"]
     assert list(fields["worker_milliseconds"]) == names
     assert min(fields["worker_milliseconds"].values()) > 0
+
+
+@pytest.mark.parametrize("log_every, due", [(1, [10, 20]), (4, [3, 6]), (10, [1, 2]), (50, [1, 2])])
+def test_samples_are_ten_steps_apart_or_more(stepper, log_every, due):
+    config = dataclasses.replace(
+        stepper.config, run=dataclasses.replace(stepper.config.run, log_every=log_every)
+    )
+    watch = Stragglers(config, stepper.meshes)
+    assert [n for n in range(1, due[-1] + 1) if watch.is_due()] == due
 
 
 def test_a_worker_that_stays_slow_is_named(stepper, monkeypatch):
