@@ -1,7 +1,7 @@
 """Which worker or process is slow: in lock step all wait for it, and the step's time is the same.
 
-So now and then each device runs a small piece of work by itself, and each process tells how long its
-host takes in a step, for input and everything else that is no program.
+So now and then each device runs a small piece of work by itself, and each process tells how long
+its host takes in a step, for input and everything else that is no program.
 """
 
 import collections
