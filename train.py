@@ -42,8 +42,8 @@ DRY_RUN = flags.DEFINE_bool(
 HARDWARE = flags.DEFINE_string(
     "hardware",
     None,
-    "what --dry_run and split.placement=auto plan for: a name, or a file of disag_jax.profile; "
-    "default: the devices here",
+    "what --dry_run and split.placement=auto plan for, and steps are compared with: a name, or a "
+    "file of disag_jax.profile; default: the devices here, and the run's own steps",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0, for several processes without SLURM or MPI"

@@ -17,6 +17,8 @@ from disag_jax.inputs import Inputs, Prefetch, load_inputs
 from disag_jax.metrics import StepMeter
 from disag_jax.metrics_log import MetricsLog
 from disag_jax.outputs import Outputs
+from disag_jax.planner.hardware import load
+from disag_jax.planner.prediction import predict
 from disag_jax.preemption import StopRequest
 from disag_jax.profiling import Profiler, Stopwatch
 from disag_jax.state import TrainState
@@ -47,12 +49,14 @@ def train(
     cannot go on, such as NonFiniteLossError when training diverges. When another process is lost
     or stuck it ends this one (disag_jax/watchdog.py).
 
-    hardware: what the planner plans for where split.placement is auto; None is the devices here.
+    hardware: what the planner plans for where split.placement is auto, and whose prediction steps
+      are compared with; None is the devices here, and the run's own steps.
     """
     config = auto_placement.resolve(config, hardware)
     config.validate()
+    expected = predict(config, load(hardware)).step_seconds if hardware else None
     with Watchdog(config) as watchdog:
-        return _train(config, workdir, watchdog, resume, step, stop_after, profile_steps)
+        return _train(config, workdir, watchdog, resume, step, stop_after, profile_steps, expected)
 
 
 def _train(
@@ -63,6 +67,7 @@ def _train(
     step: int | None,
     stop_after: int | None,
     profile_steps: range | None,
+    expected_step_seconds: float | None,
 ) -> dict | None:
     enable_float64(config)
     processes.check_same_config(config)
@@ -118,7 +123,8 @@ def _train(
             StopRequest(stop_after) as stop,
             Prefetch(read, steps, config.data.prefetch_steps) as batches,
         ):
-            state = _loop(stepper, state, batches, inputs, outputs, stop, watchdog)
+            stragglers = Stragglers(config, meshes, expected_step_seconds)
+            state = _loop(stepper, state, batches, inputs, outputs, stragglers, stop, watchdog)
         result = None
         if state.step == config.run.num_steps:
             watchdog.at("the last evaluation")
@@ -169,14 +175,14 @@ def _loop(
     batches: Prefetch,
     inputs: Inputs,
     outputs: Outputs,
+    stragglers: Stragglers,
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> TrainState:
     """Trains until the last step, or until told to stop; returns the state then."""
-    config, run = stepper.config, stepper.config.run
+    run = stepper.config.run
     skipped = SkippedSteps(run.max_skipped_steps)
-    stragglers = Stragglers(config, stepper.meshes)
-    meter, began = StepMeter(config, stepper.meshes), time.perf_counter()
+    meter, began = StepMeter(stepper.config, stepper.meshes), time.perf_counter()
     while state.step < run.num_steps:
         if outputs.profiler.before_step(state):
             began = time.perf_counter()

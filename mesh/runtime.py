@@ -36,8 +36,8 @@ DETERMINISTIC_FLAGS = {"--xla_gpu_deterministic_ops": "true"}
 def start(cpu_devices: int, *, deterministic: bool = False, network: str = "default"):
     """Prepares this process for simulated CPU devices, or for accelerators where it is 0.
 
-    deterministic: bitwise equal results of equal runs also on GPUs, at some cost
-      (benchmarks/README.md); on the CPU they are so anyway.
+    deterministic: bitwise equal results of equal runs also on GPUs, at some cost; on the CPU they
+      are so anyway.
     network: of `NETWORKS`.
     """
     os.environ.update(NETWORKS[network])
