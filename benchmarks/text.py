@@ -12,6 +12,7 @@ import tokenizers
 from absl import flags
 
 from disag_jax import cli, prepare, text
+from disag_jax.errors import ConfigError
 
 VOCAB_SIZE = 32_000
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -34,6 +35,8 @@ def train_tokenizer(files: list[str], path: pathlib.Path):
 
 def main(output: str):
     directory = pathlib.Path(output)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise ConfigError(f"--output = {output!r} must be a new or empty directory")
     directory.mkdir(parents=True, exist_ok=True)
     files = [str(path) for path in text.standard_library()]
     train_tokenizer(files, directory / "tokenizer.json")

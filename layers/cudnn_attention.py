@@ -2,8 +2,8 @@
 
 `jax.nn.dot_product_attention` keeps the output and the log-sum-exp of the scores for its backward
 pass inside one trace. Here both passes are functions of their own, so that the residuals can wait
-in the stash between two programs' units. That needs functions of JAX that are not public; a version
-that changed them fails with a TypeError, not with wrong numbers (tests/test_gpu.py).
+in the stash between two programs' units. That needs functions of JAX that are not public: a version
+with other arguments fails with a TypeError, and tests/test_gpu.py compares the numbers.
 
 Legend: B sequences, S positions, H query heads, G key/value heads, A head width.
 """
