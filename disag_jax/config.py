@@ -27,6 +27,19 @@ class PlacementKind(enum.StrEnum):
     COLOCATED = "colocated"
 
 
+class Overlap(enum.StrEnum):
+    """What the co-located twin computes while an all-to-all is under way.
+
+    NONE: nothing. CHUNKED: the experts' work on one chunk of a micro-batch while others travel.
+    INTERLEAVED: the backward phase of one micro-batch while the forward phase of another exchanges
+    its tokens, and the other way round.
+    """
+
+    NONE = "none"
+    CHUNKED = "chunked"
+    INTERLEAVED = "interleaved"
+
+
 class Recompute(enum.StrEnum):
     """What backward units compute again instead of finding it in the stash.
 
@@ -106,6 +119,9 @@ class SplitConfig:
       bucket_factors: row capacities of the transport, as multiples of the expected load. The worst
         case always follows the last one. A step that overflows a bucket is run again in the next.
       placement: attention and experts on devices of their own, or (the twin) both on each device.
+      overlap: co-located, what runs under the all-to-all.
+      forward_chunks, backward_chunks: with overlap = chunked, into how many parts a micro-batch's
+        tokens are cut in the forward and in the backward phase.
     """
 
     replicas: int = 1
@@ -115,6 +131,9 @@ class SplitConfig:
     hop: int = 1
     bucket_factors: tuple[float, ...] = (1.25, 2.0)
     placement: PlacementKind = PlacementKind.DISAGGREGATED
+    overlap: Overlap = Overlap.NONE
+    forward_chunks: int = 1
+    backward_chunks: int = 1
 
     @property
     def colocated(self) -> bool:
@@ -313,8 +332,57 @@ class Config:
             optimizer.final_learning_rate,
             f"at most optimizer.peak_learning_rate ({optimizer.peak_learning_rate})",
         )
+        self._check_overlap()
         self._check_data()
         return self
+
+    def _check_overlap(self):
+        split, batch = self.split, self.batch
+        degrees = {name: getattr(split, name) for name in ("forward_chunks", "backward_chunks")}
+        if split.overlap is not Overlap.NONE:
+            _require(
+                split.colocated,
+                "split.overlap",
+                split.overlap,
+                "none with split.placement = disaggregated, whose transfers are always hidden",
+            )
+            _require(
+                split.expert_workers > 1,
+                "split.overlap",
+                split.overlap,
+                "none with split.expert_workers = 1, where nothing is exchanged",
+            )
+        if split.overlap is Overlap.CHUNKED:
+            _require(
+                max(degrees.values()) > 1,
+                "split.overlap",
+                split.overlap,
+                "none where split.forward_chunks and split.backward_chunks are 1",
+            )
+            _require(
+                self.run.recompute is not Recompute.NONE or len(set(degrees.values())) == 1,
+                "run.recompute",
+                self.run.recompute,
+                "full or selective where split.forward_chunks and split.backward_chunks differ: "
+                "the products of one chunk are not those of another",
+            )
+            for field, degree in degrees.items():
+                _require(
+                    batch.tokens_per_worker % degree == 0,
+                    f"split.{field}",
+                    degree,
+                    f"a divisor of batch.tokens_per_worker ({batch.tokens_per_worker})",
+                )
+        else:
+            for field, degree in degrees.items():
+                _require(degree == 1, f"split.{field}", degree, "1 unless split.overlap = chunked")
+        if split.overlap is Overlap.INTERLEAVED:
+            _require(
+                batch.micro_batches > 1,
+                "split.overlap",
+                split.overlap,
+                "none or chunked with batch.micro_batches = 1, beside which no other is under way",
+            )
 
     def _check_data(self):
         data = self.data
@@ -389,7 +457,10 @@ _POSITIVE = {
         "rope_theta", "norm_eps", "num_experts", "top_k", "expert_width", "gate_scale", "init_std",
         "embedding_init_std",
     ),
-    "split": ("replicas", "stages", "attention_workers", "expert_workers"),
+    "split": (
+        "replicas", "stages", "attention_workers", "expert_workers", "forward_chunks",
+        "backward_chunks",
+    ),
     "batch": ("sequence_length", "tokens_per_worker", "micro_batches"),
     "optimizer": ("peak_learning_rate", "eps", "max_grad_norm"),
     "run": ("num_steps", "loss_chunk", "log_every", "eval_batches", "keep_checkpoints",
@@ -407,7 +478,8 @@ _NOT_NEGATIVE = {
 
 def _require(holds: bool, field: str, value, rule: str):
     if not holds:
-        raise ConfigError(f"{field} = {value!r} must be {rule}")
+        shown = value.value if isinstance(value, enum.Enum) else value
+        raise ConfigError(f"{field} = {shown!r} must be {rule}")
 
 
 def _is_int(value) -> bool:

@@ -19,7 +19,9 @@ from jax.sharding import PartitionSpec
 
 from disag_jax.batches import Batch
 from disag_jax.colocated import ColocatedPhases
+from disag_jax.config import Overlap
 from disag_jax.disaggregated import DisaggregatedPhases
+from disag_jax.errors import ConfigError
 from disag_jax.geometry import Geometry
 from disag_jax.phases import Entry, Grads, Phases, Stats
 from disag_jax.reduction import gather_weights, reduce_grads, reduce_stats
@@ -157,6 +159,9 @@ class Loop:
 
 def make_phases(geometry: Geometry, schedule: Schedule) -> Phases:
     """The phases of the placement."""
+    overlap = geometry.config.split.overlap
+    if overlap is not Overlap.NONE:
+        raise ConfigError(f"split.overlap = {overlap} must be none: it is not built yet")
     kind = ColocatedPhases if geometry.placement.colocated else DisaggregatedPhases
     return kind(geometry, schedule)
 
