@@ -160,7 +160,7 @@ class Loop:
 def make_phases(geometry: Geometry, schedule: Schedule) -> Phases:
     """The phases of the placement."""
     overlap = geometry.config.split.overlap
-    if overlap is not Overlap.NONE:
+    if overlap is Overlap.INTERLEAVED:
         raise ConfigError(f"split.overlap = {overlap} must be none: it is not built yet")
     kind = ColocatedPhases if geometry.placement.colocated else DisaggregatedPhases
     return kind(geometry, schedule)
