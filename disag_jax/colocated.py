@@ -3,7 +3,7 @@
 The baseline that disaggregation is measured against, and plain training on one device: the same
 units, weights and schedule tables, with the exchange among the workers of a group in the middle of
 a phase. `split.overlap` says what is computed meanwhile: nothing, or the experts' work on other
-chunks of the same micro-batch (Liu et al., "FSMoE", section 4; one chunk is the whole).
+chunks of the same micro-batch ("FSMoE", arXiv 2501.10714; one chunk is the whole).
 """
 
 import jax

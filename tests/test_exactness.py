@@ -140,6 +140,14 @@ OVERLAPPED = {
     "8, two stages, in 4 and 1": (
         together(2, 4, 4, **chunked(4, 1)), Recompute.SELECTIVE, {"num_layers": 3},
     ),
+    "4, folded, interleaved": (
+        together(1, 4, 2, overlap=Overlap.INTERLEAVED), Recompute.NONE,
+        {"num_experts": 7, "num_shared_experts": 1},
+    ),
+    "8, two stages, interleaved": (
+        together(2, 2, 2, replicas=2, overlap=Overlap.INTERLEAVED), Recompute.SELECTIVE,
+        {"num_layers": 3},
+    ),
 }  # fmt: skip
 
 
