@@ -25,6 +25,7 @@ from disag_jax.training import make_meshes
 
 START = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .* (?:collective-permute|all-to-all)-start\(")
 DONE = re.compile(r" (?:collective-permute|all-to-all)-done\(%?([\w.-]+)\)")
+SYNCHRONOUS = re.compile(r" = .* (?:collective-permute|all-to-all)\(")
 CONDITIONAL = re.compile(r" conditional\(")
 SCOPE = re.compile(r'op_name="[^"]*?((?:m2n|all_to_all)_(?:forward|backward))')
 
@@ -35,13 +36,14 @@ WARM_UP, TRACED = 2, 2
 
 
 class Transfer(NamedTuple):
-    """An asynchronous permute or all-to-all of the compiled program.
+    """A permute or all-to-all of the compiled program.
 
     Attributes:
       computation: the function of the program that it is in.
       scope: "m2n_forward", "m2n_backward", "all_to_all_forward" or "all_to_all_backward", "" for
         another one's.
-      conditionals: conditionals between its start and its end, in the order of execution.
+      conditionals: conditionals between its start and its end, in the order of execution; none
+        where it is synchronous.
     """
 
     computation: str
@@ -50,21 +52,27 @@ class Transfer(NamedTuple):
 
 
 def transfers(text: str) -> list[Transfer]:
-    """The asynchronous permutes and all-to-alls of a scheduled program in text form."""
+    """The permutes and all-to-alls of a scheduled program in text form."""
     found, computation, running, seen = [], "", {}, 0
     for line in text.splitlines():
         if line and not line[0].isspace():
             computation, running, seen = line.split(" ")[0], {}, 0
         start, done = START.match(line), DONE.search(line)
         if start:
-            scope = SCOPE.search(line)
-            running[start.group(1)] = (scope.group(1) if scope else "", seen)
+            running[start.group(1)] = (_scope(line), seen)
+        elif SYNCHRONOUS.search(line):
+            found.append(Transfer(computation, _scope(line), 0))
         elif done and done.group(1) in running:
             scope, before = running.pop(done.group(1))
             found.append(Transfer(computation, scope, seen - before))
         elif CONDITIONAL.search(line):
             seen += 1
     return found
+
+
+def _scope(line: str) -> str:
+    found = SCOPE.search(line)
+    return found.group(1) if found else ""
 
 
 def check_program(text: str, split: SplitConfig) -> list[Transfer]:
@@ -83,7 +91,7 @@ def check_program(text: str, split: SplitConfig) -> list[Transfer]:
         found.setdefault(transfer.computation, set()).add(transfer.scope)
     steady = [t for t in every if t.scope in scopes and found[t.computation].issuperset(scopes)]
     if not steady:
-        raise RunError("the program must have asynchronous transfers in both directions in a loop")
+        raise RunError("the program must have transfers in both directions in a loop")
     num_exposed = 2 if split.overlap is Overlap.CHUNKED else 0
     bare = [t.scope for t in steady if t.conditionals == 0]
     too_many = [scope for scope in scopes if bare.count(scope) > num_exposed]

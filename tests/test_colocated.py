@@ -1,15 +1,20 @@
 """What the twin computes while its all-to-all is under way, by the dependences of its program."""
 
+import dataclasses
+import re
+
 import jax
 import numpy as np
 import pytest
 from jax.extend import core
 
+from disag_jax import overlap
 from disag_jax.chunks import Chunks
 from disag_jax.config import Overlap, PlacementKind, SplitConfig
 from disag_jax.dispatch import Message, message_template
+from disag_jax.errors import RunError
 from disag_jax.geometry import make_geometry
-from tests import support
+from tests import reference, support
 from tests.test_compiled import COPY, loop_buffers
 
 
@@ -115,8 +120,13 @@ def test_each_exchange_between_chunks_has_the_work_on_one():
     assert all(free == ["expert_backward"] for free in backward[1:-1])
 
 
-@pytest.mark.parametrize("config", [REGROUPED, INTERLEAVED], ids=lambda c: c.split.overlap.value)
-def test_no_whole_buffer_is_copied_in_the_loop(config):
+@pytest.mark.parametrize(
+    "config, synchronous",
+    [(REGROUPED, "all_to_all_forward (all but 2)"),
+     (INTERLEAVED, "all_to_all_forward, all_to_all_backward")],
+    ids=["chunked", "interleaved"],
+)  # fmt: skip
+def test_no_whole_buffer_is_copied_in_the_loop(config, synchronous):
     stepper = support.make_stepper(config)
     program = stepper.gradient_program(stepper.chooser.current)
     lowered = program.lower(*stepper.abstract_arguments())
@@ -127,6 +137,22 @@ def test_no_whole_buffer_is_copied_in_the_loop(config):
     for name, shape in loop_buffers(stepper).items():
         assert shape in loops, f"{name} {shape} must be in the loop for this to mean anything"
         assert shape not in copied, f"{name} {shape} is copied in the loop"
+    # On the CPU collectives are synchronous, which the check of GPU programs sees.
+    with pytest.raises(RunError, match=re.escape(f"must span a conditional: {synchronous}") + "$"):
+        overlap.check_program(text, config.split)
+
+
+def test_a_chunk_that_overflows_is_run_again_in_a_larger_bucket():
+    split = dataclasses.replace(REGROUPED.split, bucket_factors=(1.0,))
+    config = support.small_config(split, 2, top_k=1)
+    stepper, params = support.make_stepper(config), support.oracle_params(config)
+    bias = np.zeros((config.model.num_layers, config.model.num_experts))
+    bias[:, 4] = 10.0  # every token's only choice
+    sequences = support.random_sequences(config)
+    metrics = stepper.evaluate(support.place_state(stepper, params, bias), sequences)
+    assert metrics["bucket_reruns"] == 1 and metrics["bucket"] == stepper.chooser.options[-1]
+    _, aux = reference.loss(config, params, bias, sequences)
+    assert support.relative_error(metrics["loss"], aux["cross_entropy"]) < 1e-10
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
