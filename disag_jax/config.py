@@ -337,52 +337,40 @@ class Config:
         return self
 
     def _check_overlap(self):
-        split, batch = self.split, self.batch
+        split, tokens = self.split, self.batch.tokens_per_worker
+        overlaps, chunked = split.overlap is not Overlap.NONE, split.overlap is Overlap.CHUNKED
         degrees = {name: getattr(split, name) for name in ("forward_chunks", "backward_chunks")}
-        if split.overlap is not Overlap.NONE:
-            _require(
-                split.colocated,
-                "split.overlap",
-                split.overlap,
+        for holds, rule in (
+            (
+                not overlaps or split.colocated,
                 "none with split.placement = disaggregated, whose transfers are always hidden",
-            )
-            _require(
-                split.expert_workers > 1,
-                "split.overlap",
-                split.overlap,
+            ),
+            (
+                not overlaps or split.expert_workers > 1,
                 "none with split.expert_workers = 1, where nothing is exchanged",
-            )
-        if split.overlap is Overlap.CHUNKED:
-            _require(
-                max(degrees.values()) > 1,
-                "split.overlap",
-                split.overlap,
+            ),
+            (
+                not chunked or max(degrees.values()) > 1,
                 "none where split.forward_chunks and split.backward_chunks are 1",
-            )
-            _require(
-                self.run.recompute is not Recompute.NONE or len(set(degrees.values())) == 1,
-                "run.recompute",
-                self.run.recompute,
-                "full or selective where split.forward_chunks and split.backward_chunks differ: "
-                "the products of one chunk are not those of another",
-            )
-            for field, degree in degrees.items():
-                _require(
-                    batch.tokens_per_worker % degree == 0,
-                    f"split.{field}",
-                    degree,
-                    f"a divisor of batch.tokens_per_worker ({batch.tokens_per_worker})",
-                )
-        else:
-            for field, degree in degrees.items():
-                _require(degree == 1, f"split.{field}", degree, "1 unless split.overlap = chunked")
-        if split.overlap is Overlap.INTERLEAVED:
-            _require(
-                batch.micro_batches > 1,
-                "split.overlap",
-                split.overlap,
+            ),
+            (
+                split.overlap is not Overlap.INTERLEAVED or self.batch.micro_batches > 1,
                 "none or chunked with batch.micro_batches = 1, beside which no other is under way",
-            )
+            ),
+        ):
+            _require(holds, "split.overlap", split.overlap, rule)
+        for name, degree in degrees.items():
+            field = f"split.{name}"
+            _require(chunked or degree == 1, field, degree, "1 unless split.overlap = chunked")
+            rule = f"a divisor of batch.tokens_per_worker ({tokens})"
+            _require(tokens % degree == 0, field, degree, rule)
+        _require(
+            self.run.recompute is not Recompute.NONE or len(set(degrees.values())) == 1,
+            "run.recompute",
+            self.run.recompute,
+            "full or selective where split.forward_chunks and split.backward_chunks differ: the "
+            "products of one chunk are not those of another",
+        )
 
     def _check_data(self):
         data = self.data

@@ -303,6 +303,7 @@ class Phases:
 
 
 def add_sorted(stats: Stats, unit: ExpertUnit, needed) -> Stats:
+    """The stats with the sorted rows that `unit` needed, in rows of the whole micro-batch."""
     needed = unit.geometry.whole_sorted_rows(needed)
     return stats._replace(sorted_needed=jnp.maximum(stats.sorted_needed, needed))
 
