@@ -20,6 +20,7 @@ from disag_jax.dispatch import (
 )
 from disag_jax.geometry import Geometry
 from disag_jax.phases import Entry, Grads, Phases, Stats, add_sorted
+from disag_jax.reduction import attention_row, sum_over_stage
 from disag_jax.schedule import IDLE, Schedule
 from disag_jax.units import ExpertUnit
 from mesh.m2n import StageTransport, exchange_in_group
@@ -64,15 +65,42 @@ class ColocatedPhases(Phases):
         return self._combine(finished), stash, stats
 
     def backward(self, inbox, entry: Entry, stash, grads: Grads):
+        words, grads = self._back_through_experts(inbox, entry, stash, grads)
+        return self._attend_back(words, entry, stash, grads)
+
+    def cool_down(self, inbox, entry: Entry, stash, grads: Grads):
+        """As `backward`, on the only stage and with no forward phase beside it.
+
+        In the last micro-batch, the attention gradients of the layer above, complete since the
+        period before, are summed over the workers under this layer's attention, where the link is
+        idle.
+        """
+        config = self.geometry.config
+        words, grads = self._back_through_experts(inbox, entry, stash, grads)
+        above = entry.layer_row + 1
+        is_complete = (entry.micro_batch == config.batch.micro_batches - 1) & (
+            above < config.layers_per_stage
+        )
+        above = jnp.where(is_complete, above, 0)
+        complete_P = attention_row(self.layouts, grads, above)
+        words, complete_P = lax.optimization_barrier((words, complete_P))
+        with jax.named_scope("reduce_gradients"):
+            sum_P = sum_over_stage(self.geometry, complete_P)
+        dh_TD, grads = self._attend_back(words, entry, stash, grads)
+        dh_TD, sum_P = lax.optimization_barrier((dh_TD, sum_P))
+        rows = grads.rows[Role.ATTENTION.label]
+        rows = rows.at[above].set(jnp.where(is_complete, sum_P, rows[above]))
+        return dh_TD, grads._replace(rows=grads.rows | {Role.ATTENTION.label: rows})
+
+    def _back_through_experts(self, inbox, entry: Entry, stash, grads: Grads):
+        """Returns (words of the gradients that came back to attention, grads)."""
         chunks = self._return_to_experts(inbox, entry, stash)
 
         def experts(chunk, words, grads):
             return self._apply_experts_back(chunk, words, entry, stash, grads)
 
-        _, finished, (grads,) = self._through_experts(
-            chunks, experts, (grads,), "all_to_all_backward"
-        )
-        return self._attend_back(finished, entry, stash, grads)
+        _, words, (grads,) = self._through_experts(chunks, experts, (grads,), "all_to_all_backward")
+        return words, grads
 
     def _through_experts(self, chunks: list, experts, state: tuple, scope: str):
         """Exchanges words, works on what arrives and exchanges what that makes, chunk by chunk.

@@ -24,7 +24,12 @@ from disag_jax.disaggregated import DisaggregatedPhases
 from disag_jax.geometry import Geometry
 from disag_jax.interleaved import InterleavedPhases
 from disag_jax.phases import Entry, Grads, Phases, Stats
-from disag_jax.reduction import gather_weights, reduce_grads, reduce_stats
+from disag_jax.reduction import (
+    gather_weights,
+    reduce_grads,
+    reduce_stats,
+    sums_rows_early,
+)
 from disag_jax.schedule import Schedule
 from layers.head import NO_LABEL
 from layers.router import updated_bias
@@ -101,7 +106,10 @@ class Loop:
             outbox_f, after = self._forward_phase(carry.inbox_f, row, after)
             after = after._replace(inbox_f=self._send_forward(outbox_f))
         if backward:
-            outbox_b, after = self._backward_phase(inbox_b, carry.inbox_f, row, after)
+            run = self.phases.backward
+            if not forward and sums_rows_early(self.phases.geometry.config):
+                run = self.phases.cool_down
+            outbox_b, after = self._backward_phase(inbox_b, carry.inbox_f, row, after, run)
             after = after._replace(outbox_b=outbox_b)
         return after
 
@@ -130,7 +138,9 @@ class Loop:
             after = after._replace(outbox_f=outbox_f)
         if backward:
             after = after._replace(inbox_b=self._send_backward(carry.outbox_b))
-            outbox_b, after = self._backward_phase(carry.inbox_b, carry.inbox_f, row, after)
+            outbox_b, after = self._backward_phase(
+                carry.inbox_b, carry.inbox_f, row, after, self.phases.backward
+            )
             after = after._replace(outbox_b=outbox_b)
         return after
 
@@ -141,15 +151,16 @@ class Loop:
         )
         return outbox_f, carry._replace(stash=stash, stats=stats)
 
-    def _backward_phase(self, inbox_b, inbox_f, row, carry: Carry):
-        """The backward unit and the loss, or only the loss when no gradients are wanted."""
+    def _backward_phase(self, inbox_b, inbox_f, row, carry: Carry, run):
+        """The backward unit and the loss, or only the loss when no gradients are wanted.
+
+        run: the phases' method for the unit.
+        """
         _, backward, loss = row
         if carry.grads is None:
             stats = self.phases.loss_forward(inbox_f, loss, carry.stats)
             return carry.outbox_b, carry._replace(stats=stats)
-        outbox_b, grads = self.phases.backward(
-            inbox_b, self._entry(backward), carry.stash, carry.grads
-        )
+        outbox_b, grads = run(inbox_b, self._entry(backward), carry.stash, carry.grads)
         return self._loss(inbox_f, outbox_b, row, carry._replace(grads=grads))
 
     def _loss(self, inbox_f, outbox_b, row, carry: Carry):

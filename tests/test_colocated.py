@@ -30,6 +30,10 @@ def config_of(**overlap):
 # takes them out before.
 KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
+COLLECTIVES = ("all_to_all", "psum")
+# Of the steady loop, which has both phases.
+EXCHANGES = {"all_to_all_forward", "all_to_all_backward"}
+
 BLOCKING = config_of()
 CHUNKED = config_of(overlap=Overlap.CHUNKED, forward_chunks=4, backward_chunks=2)
 REGROUPED = config_of(overlap=Overlap.CHUNKED, forward_chunks=2, backward_chunks=1)
@@ -44,16 +48,15 @@ def subprograms(jaxpr):
             yield from subprograms(inner)
 
 
-def steady_loop(config):
-    """The body of the loop that exchanges in both directions."""
+def loop_with(config, scopes):
+    """The body of the one loop whose collectives are in all these scopes, and no others'."""
     stepper = support.make_stepper(config)
     program = stepper.gradient_program(stepper.chooser.current)
     whole = program.trace(*stepper.abstract_arguments()).jaxpr.jaxpr
     (body,) = [
         jaxpr
         for jaxpr in subprograms(whole)
-        if {"all_to_all_forward", "all_to_all_backward"}
-        <= {scope(e) for e in jaxpr.eqns if e.primitive.name == "all_to_all"}
+        if {scope(e) for e in jaxpr.eqns if e.primitive.name in COLLECTIVES} == scopes
     ]
     return body
 
@@ -69,23 +72,23 @@ def piece(conditional) -> str:
     return name
 
 
-def free_pieces(config) -> list[tuple[str, list[str]]]:
-    """Each exchange of the steady loop, with the compute that neither feeds nor needs it."""
-    equations = steady_loop(config).eqns
+def free_pieces(config, scopes=EXCHANGES) -> list[tuple[str, list[str]]]:
+    """Each collective of the loop, with the compute that neither feeds nor needs it."""
+    equations = loop_with(config, scopes).eqns
     made_by = {id(var): i for i, e in enumerate(equations) for var in e.outvars}
     needs = []
     for equation in equations:
         inputs = {made_by[id(var)] for var in equation.invars if id(var) in made_by}
         needs.append(inputs.union(*(needs[i] for i in inputs)))
     found = []
-    for exchange, equation in enumerate(equations):
-        if equation.primitive.name == "all_to_all":
+    for collective, equation in enumerate(equations):
+        if equation.primitive.name in COLLECTIVES:
             free = [
                 piece(other)
                 for i, other in enumerate(equations)
                 if other.primitive.name == "cond"
-                and i not in needs[exchange]
-                and exchange not in needs[i]
+                and i not in needs[collective]
+                and collective not in needs[i]
             ]
             found.append((scope(equation).removeprefix("all_to_all_"), free))
     return found
@@ -118,6 +121,12 @@ def test_each_exchange_between_chunks_has_the_work_on_one():
     assert forward[0] == [] and all("expert_forward" in free for free in forward[1:-1])
     assert backward[0] == backward[-1] == []
     assert all(free == ["expert_backward"] for free in backward[1:-1])
+
+
+def test_attention_gradients_are_summed_under_the_attention_of_the_layer_below():
+    *exchanges, (name, free) = free_pieces(INTERLEAVED, {"all_to_all_backward", "reduce_gradients"})
+    assert [way for way, _ in exchanges] == ["backward", "backward"]
+    assert name == "reduce_gradients" and free == ["attention_backward"]
 
 
 @pytest.mark.parametrize(
