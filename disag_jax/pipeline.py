@@ -98,7 +98,9 @@ class Loop:
         """One period; `forward` and `backward` say which phases this segment has."""
         if self.schedule.hop == 2:
             return self._period_of_two_hops(carry, row, forward, backward)
-        if forward and backward and isinstance(self.phases, InterleavedPhases):
+        # An evaluation has losses, and no backward units, in its backward phases.
+        both = forward and backward and carry.grads is not None
+        if both and isinstance(self.phases, InterleavedPhases):
             return self._interleaved_period(carry, row)
         inbox_b = self._send_backward(carry.outbox_b) if backward else None
         after = carry

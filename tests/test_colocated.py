@@ -151,8 +151,9 @@ def test_no_whole_buffer_is_copied_in_the_loop(config, synchronous):
         overlap.check_program(text, config.split)
 
 
-def test_a_chunk_that_overflows_is_run_again_in_a_larger_bucket():
-    split = dataclasses.replace(REGROUPED.split, bucket_factors=(1.0,))
+@pytest.mark.parametrize("overlapping", [REGROUPED, INTERLEAVED], ids=["chunked", "interleaved"])
+def test_an_evaluation_that_overflows_is_run_again_in_a_larger_bucket(overlapping):
+    split = dataclasses.replace(overlapping.split, bucket_factors=(1.0,))
     config = support.small_config(split, 2, top_k=1)
     stepper, params = support.make_stepper(config), support.oracle_params(config)
     bias = np.zeros((config.model.num_layers, config.model.num_experts))
