@@ -151,7 +151,7 @@ def test_no_whole_buffer_is_copied_in_the_loop(config, synchronous):
         overlap.check_program(text, config.split)
 
 
-@pytest.mark.parametrize("overlapping", [REGROUPED, INTERLEAVED], ids=["chunked", "interleaved"])
+@pytest.mark.parametrize("overlapping", [CHUNKED, INTERLEAVED], ids=["chunked", "interleaved"])
 def test_an_evaluation_that_overflows_is_run_again_in_a_larger_bucket(overlapping):
     split = dataclasses.replace(overlapping.split, bucket_factors=(1.0,))
     config = support.small_config(split, 2, top_k=1)

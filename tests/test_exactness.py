@@ -133,12 +133,9 @@ OVERLAPPED = {
     "2 in 2 chunks": (
         together(1, 2, 2, **chunked(2, 2)), Recompute.NONE, {"num_shared_experts": 1},
     ),
-    "4, folded, in 1 and 2": (
-        together(1, 4, 2, **chunked(1, 2)), Recompute.FULL,
-        {"num_experts": 7, "capacity_factor": 0.75},
-    ),
-    "8, two stages, in 4 and 1": (
-        together(2, 4, 4, **chunked(4, 1)), Recompute.SELECTIVE, {"num_layers": 3},
+    "8, two stages, in 1 and 4": (
+        together(2, 4, 4, **chunked(1, 4)), Recompute.FULL,
+        {"num_layers": 3, "num_experts": 7, "capacity_factor": 0.75},
     ),
     "4, folded, interleaved": (
         together(1, 4, 2, overlap=Overlap.INTERLEAVED), Recompute.NONE,
