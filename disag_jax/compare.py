@@ -23,7 +23,7 @@ import rich.console
 import rich.table
 
 from disag_jax import launch
-from disag_jax.config import Config, ConfigError, Dtype, PlacementKind
+from disag_jax.config import Config, ConfigError, Dtype, Overlap, PlacementKind
 from disag_jax.errors import RunError
 from disag_jax.report import read_records
 from disag_jax.workdir import Workdir
@@ -67,11 +67,12 @@ class Measurement:
     hidden_share: dict[str, float]
 
 
-def twin_of(config: Config, expert_workers: int | None = None) -> Config:
+def twin_of(config: Config, expert_workers: int | None = None, **overlap) -> Config:
     """The co-located config on the same devices, for the same global batch.
 
     As many stages; all workers of a stage play both roles, and as many of them as possible share
-    the experts, unless `expert_workers` says how many.
+    the experts, unless `expert_workers` says how many. `overlap`: the fields of SplitConfig that
+    say what the twin overlaps; by default it blocks.
     """
     twin, split = copy.deepcopy(config), config.split
     workers = split.attention_workers + split.expert_workers
@@ -82,6 +83,7 @@ def twin_of(config: Config, expert_workers: int | None = None) -> Config:
         hop=1,
         attention_workers=workers,
         expert_workers=expert_workers or max(n for n in divisors if n <= config.model.num_experts),
+        **overlap,
     )
     batch, tokens = config.batch, config.batch.tokens_per_worker * split.attention_workers
     total = batch.micro_batches * tokens
@@ -190,7 +192,8 @@ def _measure(config: Config, workdir: pathlib.Path, has_trace: bool) -> Measurem
         placement=split.placement.value,
         split=f"{split.replicas} x {split.stages} x "
         + (f"{split.attention_workers}/{split.expert_workers}" if split.colocated
-           else f"({split.attention_workers}+{split.expert_workers})"),
+           else f"({split.attention_workers}+{split.expert_workers})")
+        + ("" if split.overlap is Overlap.NONE else f" {split.overlap}"),
         tokens_per_worker=config.batch.tokens_per_worker,
         micro_batches=config.batch.micro_batches,
         losses=[step["loss"] for step in steps],
@@ -285,7 +288,7 @@ def draw(measurements: tuple[Measurement, Measurement], path: pathlib.Path):
     figure.savefig(path, dpi=140)
 
 
-def main(config, workdir, num_steps, cpu_devices, network, sizes, twin_experts):
+def main(config, workdir, num_steps, cpu_devices, network, sizes, twin_experts, twin_overlap=None):
     """Runs the comparison; RunError if the losses differ."""
     config.validate()
     if config.split.colocated:
@@ -297,7 +300,7 @@ def main(config, workdir, num_steps, cpu_devices, network, sizes, twin_experts):
             f"--steps = {num_steps} must be more than {WARM_UP_STEPS + TRACED_STEPS}, those that "
             "compile and those that are traced"
         )
-    twin = twin_of(config, twin_experts)
+    twin = twin_of(config, twin_experts, **(twin_overlap or {}))
     directory = pathlib.Path(workdir)
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"workdir = {workdir!r} must be a new or empty directory")
@@ -338,10 +341,19 @@ if __name__ == "__main__":
     _TWIN_EXPERTS = flags.DEFINE_integer(
         "twin_experts", None, "co-located workers that share the experts; by default all"
     )
+    _TWIN_OVERLAP = flags.DEFINE_enum_class(
+        "twin_overlap", Overlap.NONE, Overlap, "what the co-located run overlaps (split.overlap)"
+    )
+    _TWIN_CHUNKS = {
+        field: flags.DEFINE_integer(f"twin_{field}", 1, f"split.{field} of the co-located run")
+        for field in ("forward_chunks", "backward_chunks")
+    }
     flags.mark_flags_as_required(["config", "workdir"])
     cli.run(
         lambda: main(
             _CONFIG.value, _WORKDIR.value, _STEPS.value, _CPU_DEVICES.value, _NETWORK.value,
             tuple(_SIZES.value), _TWIN_EXPERTS.value,
+            {"overlap": _TWIN_OVERLAP.value}
+            | {field: flag.value for field, flag in _TWIN_CHUNKS.items()},
         )
     )  # fmt: skip

@@ -29,6 +29,19 @@ class PlacementKind(enum.StrEnum):
     AUTO = "auto"
 
 
+class Overlap(enum.StrEnum):
+    """What the co-located twin computes while an all-to-all is under way.
+
+    NONE: nothing. CHUNKED: the experts' work on one chunk of a micro-batch while others travel.
+    INTERLEAVED: the backward phase of one micro-batch while the forward phase of another exchanges
+    its tokens, and the other way round.
+    """
+
+    NONE = "none"
+    CHUNKED = "chunked"
+    INTERLEAVED = "interleaved"
+
+
 class Recompute(enum.StrEnum):
     """What backward units compute again instead of finding it in the stash.
 
@@ -109,6 +122,9 @@ class SplitConfig:
         case always follows the last one. A step that overflows a bucket is run again in the next.
       placement: attention and experts on devices of their own, or (the twin) both on each device;
         auto has the planner choose the split for the devices at start-up.
+      overlap: co-located, what runs under the all-to-all.
+      forward_chunks, backward_chunks: with overlap = chunked, into how many parts a micro-batch's
+        tokens are cut in the forward and in the backward phase.
     """
 
     replicas: int = 1
@@ -118,6 +134,9 @@ class SplitConfig:
     hop: int = 1
     bucket_factors: tuple[float, ...] = (1.25, 2.0)
     placement: PlacementKind = PlacementKind.DISAGGREGATED
+    overlap: Overlap = Overlap.NONE
+    forward_chunks: int = 1
+    backward_chunks: int = 1
 
     @property
     def colocated(self) -> bool:
@@ -334,8 +353,45 @@ class Config:
             optimizer.final_learning_rate,
             f"at most optimizer.peak_learning_rate ({optimizer.peak_learning_rate})",
         )
+        self._check_overlap()
         self._check_data()
         return self
+
+    def _check_overlap(self):
+        split, tokens = self.split, self.batch.tokens_per_worker
+        overlaps, chunked = split.overlap is not Overlap.NONE, split.overlap is Overlap.CHUNKED
+        degrees = {name: getattr(split, name) for name in ("forward_chunks", "backward_chunks")}
+        for holds, rule in (
+            (
+                not overlaps or split.colocated,
+                "none with split.placement = disaggregated, whose transfers are always hidden",
+            ),
+            (
+                not overlaps or split.expert_workers > 1,
+                "none with split.expert_workers = 1, where nothing is exchanged",
+            ),
+            (
+                not chunked or max(degrees.values()) > 1,
+                "none where split.forward_chunks and split.backward_chunks are 1",
+            ),
+            (
+                split.overlap is not Overlap.INTERLEAVED or self.batch.micro_batches > 1,
+                "none or chunked with batch.micro_batches = 1, beside which no other is under way",
+            ),
+        ):
+            _require(holds, "split.overlap", split.overlap, rule)
+        for name, degree in degrees.items():
+            field = f"split.{name}"
+            _require(chunked or degree == 1, field, degree, "1 unless split.overlap = chunked")
+            rule = f"a divisor of batch.tokens_per_worker ({tokens})"
+            _require(tokens % degree == 0, field, degree, rule)
+        _require(
+            self.run.recompute is not Recompute.NONE or len(set(degrees.values())) == 1,
+            "run.recompute",
+            self.run.recompute,
+            "full or selective where split.forward_chunks and split.backward_chunks differ: the "
+            "products of one chunk are not those of another",
+        )
 
     def _check_data(self):
         data = self.data
@@ -412,7 +468,10 @@ _POSITIVE = {
         "rope_theta", "norm_eps", "num_experts", "top_k", "expert_width", "gate_scale", "init_std",
         "embedding_init_std",
     ),
-    "split": ("replicas", "stages", "attention_workers", "expert_workers"),
+    "split": (
+        "replicas", "stages", "attention_workers", "expert_workers", "forward_chunks",
+        "backward_chunks",
+    ),
     "batch": ("sequence_length", "tokens_per_worker", "micro_batches"),
     "optimizer": ("peak_learning_rate", "eps", "max_grad_norm"),
     "run": ("num_steps", "loss_chunk", "log_every", "eval_batches", "keep_checkpoints",
@@ -431,7 +490,8 @@ _NOT_NEGATIVE = {
 
 def _require(holds: bool, field: str, value, rule: str):
     if not holds:
-        raise ConfigError(f"{field} = {value!r} must be {rule}")
+        shown = value.value if isinstance(value, enum.Enum) else value
+        raise ConfigError(f"{field} = {shown!r} must be {rule}")
 
 
 def _is_int(value) -> bool:

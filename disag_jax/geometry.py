@@ -40,6 +40,8 @@ class Geometry:
     length, D model width, E experts, K choices per token, F copies of a token at most (fan-out),
     R message slots, C rows per slot, M attention workers that an expert worker hears from, n = M*C
     rows of an expert worker, P expert-sorted rows, v layer rows per worker.
+
+    chunks: of how many chunks of a micro-batch's rows C, n and P are one; T is the whole's.
     """
 
     config: Config
@@ -47,6 +49,7 @@ class Geometry:
     places: ExpertPlaces
     bucket: Bucket
     tile: int
+    chunks: int = 1
 
     @property
     def T(self) -> int:
@@ -96,6 +99,32 @@ class Geometry:
     def wide_dtype(self):
         """Type of gates, losses, master weights and gradient sums."""
         return accumulation_dtype(self.compute_dtype)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of expert-sorted rows: the experts that a worker holds, shared ones included."""
+        return self.places.per_worker + self.config.model.num_shared_experts
+
+    def in_chunks(self, count: int) -> "Geometry":
+        """The sizes of one of `count` equal chunks of the rows of every slot."""
+        assert self.chunks == 1 and self.C % count == 0, (self.chunks, self.C, count)
+        if count == 1:
+            return self
+        # In the worst case each chunk has as many part-filled tiles as the whole.
+        needed = (self.P + (count - 1) * self._worst_padding) / count
+        bucket = Bucket(self.C // count, int(_round_up(needed, self.tile)))
+        return dataclasses.replace(self, bucket=bucket, chunks=count)
+
+    def whole_sorted_rows(self, needed):
+        """P that the whole must have for each of its chunks to have the `needed` sorted rows."""
+        if self.chunks == 1:
+            return needed
+        fewest = needed - self.tile  # A chunk's P is rounded up: it is more than this.
+        return self.chunks * fewest - (self.chunks - 1) * self._worst_padding + 1
+
+    @property
+    def _worst_padding(self) -> int:
+        return self.num_groups * (self.tile - 1)
 
     def floats(self, *shape) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, self.compute_dtype)
@@ -157,10 +186,11 @@ def buckets(config: Config, tile: int | None = None) -> list[Bucket]:
     total_tokens = placement_of(config).senders * tokens
     worst_pairs = total_tokens * (min(model.top_k, held) + model.num_shared_experts)
     groups = held + model.num_shared_experts
+    whole = math.lcm(8, config.split.forward_chunks, config.split.backward_chunks)
     tile, found = tile or tile_rows(), []
     for factor in (*sorted(config.split.bucket_factors), math.inf):
         bucket = Bucket(
-            rows=int(min(tokens, _round_up(factor * expected_rows, 8))),
+            rows=int(min(tokens, _round_up(factor * expected_rows, whole))),
             sorted_rows=sorted_rows(
                 int(min(worst_pairs, _round_up(factor * expected_pairs, 8))), groups, tile
             ),

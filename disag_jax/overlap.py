@@ -1,10 +1,11 @@
-"""Proves that transfers run under compute: from the compiled program, and from a trace of GPUs.
+"""Proves that communication runs under compute: from the compiled program, and a trace of GPUs.
 
   python -m disag_jax.overlap --config configs/balanced.py --workdir runs/overlap
   python -m disag_jax.overlap --config configs/balanced.py --workdir runs/slow --network=sockets
 
 In the program, a steady-state transfer must begin before and end after a conditional that holds the
-units of a phase. In the trace, communication must coincide with compute. Exit code 1 if not.
+units of a phase; of the co-located twin an all-to-all, where `split.overlap` has it hidden. In the
+trace, communication must coincide with compute. Exit code 1 if not.
 """
 
 import pathlib
@@ -14,18 +15,19 @@ from typing import NamedTuple
 import jax
 
 from disag_jax import trace
-from disag_jax.config import Config, ConfigError
-from disag_jax.errors import RunError
+from disag_jax.config import Config, Overlap, SplitConfig
+from disag_jax.errors import ConfigError, RunError
 from disag_jax.geometry import enable_float64
 from disag_jax.inputs import load_inputs
 from disag_jax.profiling import Profiler
 from disag_jax.step import Stepper
 from disag_jax.training import make_meshes
 
-START = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .* collective-permute-start\(")
-DONE = re.compile(r" collective-permute-done\(%?([\w.-]+)\)")
+START = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .* (?:collective-permute|all-to-all)-start\(")
+DONE = re.compile(r" (?:collective-permute|all-to-all)-done\(%?([\w.-]+)\)")
+SYNCHRONOUS = re.compile(r" = .* (?:collective-permute|all-to-all)\(")
 CONDITIONAL = re.compile(r" conditional\(")
-SCOPE = re.compile(r'op_name="[^"]*?(m2n_forward|m2n_backward)')
+SCOPE = re.compile(r'op_name="[^"]*?((?:m2n|all_to_all)_(?:forward|backward))')
 
 # Of the communication that the compute of a device could hide, the share that it must.
 LEAST_HIDDEN = 0.5
@@ -34,12 +36,14 @@ WARM_UP, TRACED = 2, 2
 
 
 class Transfer(NamedTuple):
-    """An asynchronous permute of the compiled program.
+    """A permute or all-to-all of the compiled program.
 
     Attributes:
       computation: the function of the program that it is in.
-      scope: "m2n_forward" or "m2n_backward", "" for another one's.
-      conditionals: conditionals between its start and its end, in the order of execution.
+      scope: "m2n_forward", "m2n_backward", "all_to_all_forward" or "all_to_all_backward", "" for
+        another one's.
+      conditionals: conditionals between its start and its end, in the order of execution; none
+        where it is synchronous.
     """
 
     computation: str
@@ -48,15 +52,16 @@ class Transfer(NamedTuple):
 
 
 def transfers(text: str) -> list[Transfer]:
-    """The asynchronous permutes of a scheduled program in text form."""
+    """The permutes and all-to-alls of a scheduled program in text form."""
     found, computation, running, seen = [], "", {}, 0
     for line in text.splitlines():
         if line and not line[0].isspace():
             computation, running, seen = line.split(" ")[0], {}, 0
         start, done = START.match(line), DONE.search(line)
         if start:
-            scope = SCOPE.search(line)
-            running[start.group(1)] = (scope.group(1) if scope else "", seen)
+            running[start.group(1)] = (_scope(line), seen)
+        elif SYNCHRONOUS.search(line):
+            found.append(Transfer(computation, _scope(line), 0))
         elif done and done.group(1) in running:
             scope, before = running.pop(done.group(1))
             found.append(Transfer(computation, scope, seen - before))
@@ -65,29 +70,51 @@ def transfers(text: str) -> list[Transfer]:
     return found
 
 
-def check_program(text: str) -> list[Transfer]:
-    """The transfers of the steady loop; RunError unless each has a conditional to hide under."""
+def _scope(line: str) -> str:
+    found = SCOPE.search(line)
+    return found.group(1) if found else ""
+
+
+def check_program(text: str, split: SplitConfig) -> list[Transfer]:
+    """The transfers of the steady loop; RunError unless each has a conditional to hide under.
+
+    In chunks, a phase's first dispatch and last combine have none, as `hideable_share` says.
+    """
     if "is_scheduled=true" not in text:
         raise RunError("the program's text must be in the order of execution")
+    kind = "all_to_all" if split.colocated else "m2n"
+    scopes = [f"{kind}_forward", f"{kind}_backward"]
     every = transfers(text)
     # The steady loop is the one with transfers in both directions.
-    ways = {}
+    found = {}
     for transfer in every:
-        ways.setdefault(transfer.computation, set()).add(transfer.scope)
-    steady = [t for t in every if {"m2n_forward", "m2n_backward"} <= ways[t.computation]]
-    steady = [t for t in steady if t.scope]
+        found.setdefault(transfer.computation, set()).add(transfer.scope)
+    steady = [t for t in every if t.scope in scopes and found[t.computation].issuperset(scopes)]
     if not steady:
-        raise RunError("the program must have asynchronous transfers in both directions in a loop")
+        raise RunError("the program must have transfers in both directions in a loop")
+    num_exposed = 2 if split.overlap is Overlap.CHUNKED else 0
     bare = [t.scope for t in steady if t.conditionals == 0]
-    if bare:
-        raise RunError(f"transfers of the steady loop must span a conditional: {', '.join(bare)}")
+    too_many = [scope for scope in scopes if bare.count(scope) > num_exposed]
+    if too_many:
+        raise RunError(
+            f"transfers of the steady loop must span a conditional: {', '.join(too_many)}"
+            + (f" (all but {num_exposed})" if num_exposed else "")
+        )
     return steady
 
 
-def check_trace(times: dict[str, trace.DeviceTime]):
+def hideable_share(split: SplitConfig) -> float:
+    """Share of a period's transfers that have some compute of their own to run under."""
+    if split.overlap is not Overlap.CHUNKED:
+        return 1.0
+    return 1 - (1 / split.forward_chunks + 1 / split.backward_chunks) / 2
+
+
+def check_trace(times: dict[str, trace.DeviceTime], split: SplitConfig):
     """RunError unless each device hid enough of the communication that its compute could hide."""
     for device, t in times.items():
         could = min(1.0, t.compute / t.communication) if t.communication else 0.0
+        could *= hideable_share(split)
         if t.hidden_share < LEAST_HIDDEN * could:
             raise RunError(
                 f"{device}: {t.hidden_share:.0%} of the communication was hidden, and its compute "
@@ -98,14 +125,13 @@ def check_trace(times: dict[str, trace.DeviceTime]):
 def main(config: Config, workdir: str):
     """Compiles, checks, trains a few steps under a trace and checks that."""
     config.validate()
-    if config.split.colocated:
-        raise ConfigError(
-            "split.placement = colocated must be disaggregated: the twin hides nothing"
-        )
+    split = config.split
+    if split.colocated and split.overlap is Overlap.NONE:
+        raise ConfigError("split.overlap = none must be chunked or interleaved to hide anything")
     enable_float64(config)
     stepper = Stepper(config, make_meshes(config))
     program = stepper.compiled_program(stepper.chooser.current)
-    steady = check_program(program.as_text())
+    steady = check_program(program.as_text(), split)
     for transfer in steady:
         print(f"{transfer.scope}: {transfer.conditionals} conditionals between start and end")
     batches, state = load_inputs(config).train, stepper.init(config.run.seed)
@@ -122,7 +148,7 @@ def main(config: Config, workdir: str):
             f"{t.communication:.3f} ({t.hidden_share:.0%} hidden), exposed {t.exposed:.3f}, "
             f"idle {t.idle:.3f}"
         )
-    check_trace(times)
+    check_trace(times, split)
     print(f"{jax.device_count()} devices: transfers run under compute")
 
 

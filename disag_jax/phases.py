@@ -134,6 +134,9 @@ class Layouts:
 class Phases:
     """The phases of the executing worker, for one program: static sizes plus traced weights.
 
+    expert_chunks: parts of a micro-batch, each with a stash slot of its own, that the expert unit
+      works on one after the other.
+
     What a placement adds:
       transport: moves what passes from period to period.
       sender: the rank by which an attention unit finds its receivers' slots.
@@ -145,9 +148,10 @@ class Phases:
       _send_back(inbox, dh_TD): the backward outbox for their gradient.
     """
 
-    def __init__(self, geometry: Geometry, schedule: Schedule):
+    def __init__(self, geometry: Geometry, schedule: Schedule, expert_chunks: int = 1):
         self.geometry = geometry
-        self.attention, self.expert = AttentionUnit(geometry), ExpertUnit(geometry)
+        self.attention = AttentionUnit(geometry)
+        self.expert = ExpertUnit(geometry.in_chunks(expert_chunks))
         self.layouts = Layouts.of(geometry)
         self.shared_loss = SharedLoss(geometry)
         self.message = WordCodec(message_template(geometry), geometry.compute_dtype)
@@ -156,8 +160,12 @@ class Phases:
             Role.ATTENTION: self.attention.stash_template(),
             Role.EXPERT: self.expert.stash_template(),
         }
+        attention_slots, expert_slots = schedule.stash_slots
         self.pool = StashPool(
-            templates, schedule.stash_slots, geometry.compute_dtype, geometry.placement.colocated
+            templates,
+            (attention_slots, expert_chunks * expert_slots),
+            geometry.compute_dtype,
+            geometry.placement.colocated,
         )
         self.keeps_stash = max(schedule.stash_slots) > 0
 
@@ -245,8 +253,7 @@ class Phases:
         message, kept, needed = self.expert.forward(self._expert_params(entry), message)
         if self.keeps_stash:
             stash = self.pool.write(stash, Role.EXPERT, entry.slot, kept)
-        needed = jnp.maximum(stats.sorted_needed, needed)
-        return message, stash, stats._replace(sorted_needed=needed)
+        return message, stash, add_sorted(stats, self.expert, needed)
 
     def _attention_backward(
         self, cotangent: Cotangent, kept: AttentionStash, entry: Entry, rows, embedding
@@ -293,6 +300,12 @@ class Phases:
         )
         is_owner = self.me.plays[Role.ATTENTION] & (self.me.stage == self.shared_loss.owner_stage)
         return jnp.where(is_owner, self._send_back(inbox, dh_TD), outbox), head, nll + share
+
+
+def add_sorted(stats: Stats, unit: ExpertUnit, needed) -> Stats:
+    """The stats with the sorted rows that `unit` needed, in rows of the whole micro-batch."""
+    needed = unit.geometry.whole_sorted_rows(needed)
+    return stats._replace(sorted_needed=jnp.maximum(stats.sorted_needed, needed))
 
 
 def _add_routing(stats: Stats, entry: Entry, routing: RoutingStats) -> Stats:

@@ -19,10 +19,17 @@ from jax.sharding import PartitionSpec
 
 from disag_jax.batches import Batch
 from disag_jax.colocated import ColocatedPhases
+from disag_jax.config import Overlap
 from disag_jax.disaggregated import DisaggregatedPhases
 from disag_jax.geometry import Geometry
+from disag_jax.interleaved import InterleavedPhases
 from disag_jax.phases import Entry, Grads, Phases, Stats
-from disag_jax.reduction import gather_weights, reduce_grads, reduce_stats
+from disag_jax.reduction import (
+    gather_weights,
+    reduce_grads,
+    reduce_stats,
+    sums_rows_early,
+)
 from disag_jax.schedule import Schedule
 from layers.head import NO_LABEL
 from layers.router import updated_bias
@@ -91,15 +98,39 @@ class Loop:
         """One period; `forward` and `backward` say which phases this segment has."""
         if self.schedule.hop == 2:
             return self._period_of_two_hops(carry, row, forward, backward)
+        # An evaluation has losses, and no backward units, in its backward phases.
+        both = forward and backward and carry.grads is not None
+        if both and isinstance(self.phases, InterleavedPhases):
+            return self._interleaved_period(carry, row)
         inbox_b = self._send_backward(carry.outbox_b) if backward else None
         after = carry
         if forward:
             outbox_f, after = self._forward_phase(carry.inbox_f, row, after)
             after = after._replace(inbox_f=self._send_forward(outbox_f))
         if backward:
-            outbox_b, after = self._backward_phase(inbox_b, carry.inbox_f, row, after)
+            run = self.phases.backward
+            if not forward and sums_rows_early(self.phases.geometry.config):
+                run = self.phases.cool_down
+            outbox_b, after = self._backward_phase(inbox_b, carry.inbox_f, row, after, run)
             after = after._replace(outbox_b=outbox_b)
         return after
+
+    def _interleaved_period(self, carry: Carry, row) -> Carry:
+        forward, backward, _ = row
+        outbox_f, outbox_b, stash, stats, grads = self.phases.forward_and_backward(
+            carry.inbox_f,
+            self._send_backward(carry.outbox_b),
+            self._entry(forward),
+            self._entry(backward),
+            carry.stash,
+            carry.stats,
+            carry.grads,
+        )
+        after = carry._replace(
+            inbox_f=self._send_forward(outbox_f), stash=stash, stats=stats, grads=grads
+        )
+        outbox_b, after = self._loss(carry.inbox_f, outbox_b, row, after)
+        return after._replace(outbox_b=outbox_b)
 
     def _period_of_two_hops(self, carry: Carry, row, forward: bool, backward: bool) -> Carry:
         # The last forward message is still under way when the cool-down begins.
@@ -109,7 +140,9 @@ class Loop:
             after = after._replace(outbox_f=outbox_f)
         if backward:
             after = after._replace(inbox_b=self._send_backward(carry.outbox_b))
-            outbox_b, after = self._backward_phase(carry.inbox_b, carry.inbox_f, row, after)
+            outbox_b, after = self._backward_phase(
+                carry.inbox_b, carry.inbox_f, row, after, self.phases.backward
+            )
             after = after._replace(outbox_b=outbox_b)
         return after
 
@@ -120,22 +153,28 @@ class Loop:
         )
         return outbox_f, carry._replace(stash=stash, stats=stats)
 
-    def _backward_phase(self, inbox_b, inbox_f, row, carry: Carry):
-        """The backward unit and the loss, or only the loss when no gradients are wanted."""
+    def _backward_phase(self, inbox_b, inbox_f, row, carry: Carry, run):
+        """The backward unit and the loss, or only the loss when no gradients are wanted.
+
+        run: the phases' method for the unit.
+        """
         _, backward, loss = row
         if carry.grads is None:
             stats = self.phases.loss_forward(inbox_f, loss, carry.stats)
             return carry.outbox_b, carry._replace(stats=stats)
-        outbox_b, grads = self.phases.backward(
-            inbox_b, self._entry(backward), carry.stash, carry.grads
-        )
+        outbox_b, grads = run(inbox_b, self._entry(backward), carry.stash, carry.grads)
+        return self._loss(inbox_f, outbox_b, row, carry._replace(grads=grads))
+
+    def _loss(self, inbox_f, outbox_b, row, carry: Carry):
+        """Adds the loss that is due, of the last hidden states in `inbox_f`."""
+        _, _, loss = row
         # Transfers end before the loss, whose own permutes would otherwise make XLA's scheduler
         # begin them only after it, under nothing.
         in_flight = (carry.inbox_f, carry.inbox_b)
         outbox_b, in_flight = lax.optimization_barrier((outbox_b, in_flight))
         carry = carry._replace(inbox_f=in_flight[0], inbox_b=in_flight[1])
         outbox_b, grads, stats = self.phases.loss_backward(
-            inbox_f, loss, outbox_b, grads, carry.stats
+            inbox_f, loss, outbox_b, carry.grads, carry.stats
         )
         return outbox_b, carry._replace(grads=grads, stats=stats)
 
@@ -156,8 +195,10 @@ class Loop:
 
 
 def make_phases(geometry: Geometry, schedule: Schedule) -> Phases:
-    """The phases of the placement."""
+    """The phases of the placement, and of what the twin overlaps."""
     kind = ColocatedPhases if geometry.placement.colocated else DisaggregatedPhases
+    if geometry.config.split.overlap is Overlap.INTERLEAVED:
+        kind = InterleavedPhases
     return kind(geometry, schedule)
 
 

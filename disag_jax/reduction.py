@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from disag_jax.config import Config, Overlap
 from disag_jax.geometry import Geometry
 from disag_jax.model import POST_NORM
 from disag_jax.phases import Grads, Layouts, Stats, Weights
@@ -102,6 +103,27 @@ def _post_norm(geometry: Geometry, rows):
     return lax.psum(norms, WORKER, axis_index_groups=placement.stage_groups())
 
 
+def sums_rows_early(config: Config) -> bool:
+    """Whether the loop sums a layer's attention gradients while the layer below runs backward.
+
+    It does where a twin overlaps and has one stage: the last micro-batch runs backward in the
+    cool-down alone, and after its backward unit a layer's gradients are complete.
+    """
+    return config.split.overlap is not Overlap.NONE and config.split.stages == 1
+
+
+def attention_row(layouts: Layouts, grads: Grads, layer_row):
+    """A layer's attention gradients [P], with the experts' part of its post-attention norm's."""
+    norm = layouts[Role.ATTENTION].columns(POST_NORM)
+    row_P = grads.rows[Role.ATTENTION.label][layer_row]
+    return row_P.at[norm].add(grads.post_norm[layer_row])
+
+
+def sum_over_stage(geometry: Geometry, x):
+    """The sum over the workers of a stage."""
+    return lax.psum(x, WORKER, axis_index_groups=geometry.placement.stage_groups())
+
+
 def _sum_rows_together(geometry: Geometry, layouts: Layouts, grads: Grads):
     """Row gradients of co-located workers, summed over the workers that hold equal rows.
 
@@ -110,13 +132,20 @@ def _sum_rows_together(geometry: Geometry, layouts: Layouts, grads: Grads):
     """
     placement = geometry.placement
     attention, expert = (grads.rows[role.label] for role in Role)
-    norm = layouts[Role.ATTENTION].columns(POST_NORM)
-    attention = attention.at[:, norm].add(grads.post_norm)
+    early = sums_rows_early(geometry.config)
+    if not early:
+        norm = layouts[Role.ATTENTION].columns(POST_NORM)
+        attention = attention.at[:, norm].add(grads.post_norm)
     if placement.attention_workers == 1:
         return {Role.ATTENTION.label: attention, Role.EXPERT.label: expert}
     if placement.expert_copies > 1:
         expert = lax.psum(expert, WORKER, axis_index_groups=placement.expert_copy_groups())
-    attention = lax.psum(attention, WORKER, axis_index_groups=placement.stage_groups())
+    if early:
+        # The loop has summed the other layers'.
+        last = sum_over_stage(geometry, attention_row(layouts, grads, 0))
+        attention = attention.at[0].set(last)
+    else:
+        attention = sum_over_stage(geometry, attention)
     if placement.expert_workers > 1:
         # Sums over the copies are done: what is left are the workers of the group.
         for columns in _shared_columns(geometry):

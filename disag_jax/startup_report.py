@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from disag_jax import memory
-from disag_jax.config import Config
+from disag_jax.config import Config, Overlap, SplitConfig
 from disag_jax.flops import model_flops, peak_flops
 from disag_jax.logical import LeafMap, state_maps
 from disag_jax.pipeline import make_phases
@@ -73,7 +73,7 @@ def _split(stepper: Stepper) -> list[str]:
     lines = [
         f"split     {stepper.config.split.placement}: {placement.replicas} replicas x "
         f"{placement.stages} stages x ({sizes}) = {placement.num_devices} devices, "
-        f"hop {stepper.schedule.hop}"
+        f"hop {stepper.schedule.hop}{_overlap(stepper.config.split)}"
     ]
     for replica, devices in enumerate(stepper.meshes.union.devices):
         for stage in range(placement.stages):
@@ -86,6 +86,13 @@ def _split(stepper: Stepper) -> list[str]:
                 f"          replica {replica} stage {stage}, layers {_ranges(layers)}: {roles}"
             )
     return lines
+
+
+def _overlap(split: SplitConfig) -> str:
+    if split.overlap is Overlap.CHUNKED:
+        chunks = f"{split.forward_chunks} forward and {split.backward_chunks} backward chunks"
+        return f", overlap in {chunks}"
+    return f", overlap {split.overlap}" if split.colocated else ""
 
 
 def _players(stepper: Stepper, devices, stage: int, role: Role) -> list[str]:

@@ -246,6 +246,13 @@ class ExpertUnit:
 
     def forward(self, params, message: Message):
         """Returns (Message [M, C] of finished shares, ExpertStash, sorted rows needed)."""
+        stash, needed = self.receive(message)
+        y, computed = self._experts(params, stash.x, stash.gate, stash)
+        stash = stash._replace(products=self._choose_kept(computed.outputs))
+        return message._replace(x=y.reshape(message.x.shape)), stash, needed
+
+    def receive(self, message: Message):
+        """Sorts the rows of a message: (ExpertStash without products, sorted rows needed)."""
         g = self.geometry
         origin = message.origin.reshape(-1)
         residual = carries_residual(origin, g.F)
@@ -253,10 +260,7 @@ class ExpertUnit:
         expert_id = jnp.where(origin[:, None] > 0, message.expert_id.reshape(-1, g.K), -1)
         with jax.named_scope("order_by_expert"):
             order, needed = order_by_expert(
-                self._with_shared(expert_id, residual),
-                g.places.per_worker + self.num_shared,
-                g.P,
-                g.tile,
+                self._with_shared(expert_id, residual), g.num_groups, g.P, g.tile
             )
         stash = ExpertStash(
             x=message.x.reshape(-1, g.D),
@@ -265,9 +269,7 @@ class ExpertUnit:
             order=order,
             products={},
         )
-        y, computed = self._experts(params, stash.x, stash.gate, stash)
-        stash = stash._replace(products=self._choose_kept(computed.outputs))
-        return message._replace(x=y.reshape(message.x.shape)), stash, needed.astype(jnp.int32)
+        return stash, needed.astype(jnp.int32)
 
     def backward(self, params, stash: ExpertStash, dy):
         """Returns (parameter gradients, Cotangent [M, C]) for dy [M, C, D].
@@ -287,10 +289,9 @@ class ExpertUnit:
 
         _, vjp, computed = jax.vjp(outputs, scale, stash.x, stash.gate, taps, has_aux=True)
         dscale, dx, dgate, doutputs = vjp(dy.reshape(-1, g.D))
-        num_experts = g.places.per_worker + self.num_shared
         experts = {
             name: WeightGradient(
-                computed.inputs[name], doutputs[name], stash.order.tile_expert, num_experts
+                computed.inputs[name], doutputs[name], stash.order.tile_expert, g.num_groups
             )
             for name in taps
         }

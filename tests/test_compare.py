@@ -8,7 +8,7 @@ import pytest
 
 from configs import balanced, tiny
 from disag_jax import compare
-from disag_jax.config import ConfigError, Dtype, PlacementKind, SplitConfig
+from disag_jax.config import ConfigError, Dtype, Overlap, PlacementKind, SplitConfig
 from disag_jax.errors import RunError
 from tests import support
 
@@ -30,6 +30,15 @@ def test_twin_of_the_tiny_config():
     assert (twin.split.stages, twin.split.attention_workers, twin.split.expert_workers) == (2, 4, 4)
     assert (twin.batch.tokens_per_worker, twin.batch.micro_batches) == (256, 2)
     assert compare.twin_of(tiny.get_config(), expert_workers=2).split.expert_workers == 2
+
+
+def test_the_twin_overlaps_what_it_is_told_to():
+    assert compare.twin_of(tiny.get_config()).split.overlap is Overlap.NONE
+    twin = compare.twin_of(tiny.get_config(), overlap=Overlap.CHUNKED, forward_chunks=2)
+    assert twin.split.overlap is Overlap.CHUNKED
+    assert (twin.split.forward_chunks, twin.split.backward_chunks) == (2, 1)
+    with pytest.raises(ConfigError, match=r"split.forward_chunks = 2 must be 1 unless"):
+        compare.twin_of(tiny.get_config(), overlap=Overlap.INTERLEAVED, forward_chunks=2)
 
 
 def test_sequences_that_do_not_divide_are_refused():

@@ -9,6 +9,7 @@ import pytest
 
 from disag_jax.config import SplitConfig
 from disag_jax.pipeline import make_phases
+from mesh.roles import Role
 from tests import support
 
 COPY = re.compile(r"= (\w+\[[\d,]*\])\S* copy\(")
@@ -35,8 +36,11 @@ def loop_buffers(stepper):
     geometry = stepper.manager.geometry
     pool = make_phases(geometry, stepper.schedule).pool
     wide = f"f{8 * np.dtype(geometry.wide_dtype).itemsize}"
+    widths = {"row gradients": layouts.worker_columns}
+    if config.split.colocated:
+        widths = {f"{role.label} row gradients": layouts.num_columns(role) for role in Role}
     return {
-        "row gradients": f"{wide}[{config.layers_per_stage},{layouts.worker_columns}]",
+        **{name: f"{wide}[{config.layers_per_stage},{width}]" for name, width in widths.items()},
         "stash": f"u{8 * geometry.compute_dtype.itemsize}[{pool.num_blocks},1024]",
         "head gradients": f"{wide}[{config.model.vocab_size},{config.model.d_model}]",
     }

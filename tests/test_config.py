@@ -1,13 +1,22 @@
 """Each rule of a config names field, value and rule; every config in configs/ obeys them all."""
 
 import dataclasses
+import enum
 import importlib.util
 import math
 from pathlib import Path
 
 import pytest
 
-from disag_jax.config import Config, ConfigError, Dtype, PlacementKind, RouterScore
+from disag_jax.config import (
+    Config,
+    ConfigError,
+    Dtype,
+    Overlap,
+    PlacementKind,
+    Recompute,
+    RouterScore,
+)
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__"
@@ -31,7 +40,8 @@ def check_refused(field: str, value, rule: str, **others):
     with pytest.raises(ConfigError) as refused:
         changed(**{name: value}, **others).validate()
     sentence = str(refused.value)
-    assert sentence.startswith(f"{field} = {value!r} must be "), sentence
+    shown = value.value if isinstance(value, enum.Enum) else value
+    assert sentence.startswith(f"{field} = {shown!r} must be "), sentence
     assert rule in sentence and "\n" not in sentence, sentence
 
 
@@ -44,6 +54,7 @@ POSITIVE = [
     *fields("model", "norm_eps num_experts top_k expert_width gate_scale"),
     *fields("model", "init_std embedding_init_std"),
     *fields("split", "replicas stages attention_workers expert_workers"),
+    *fields("split", "forward_chunks backward_chunks"),
     *fields("batch", "sequence_length tokens_per_worker micro_batches"),
     *fields("optimizer", "peak_learning_rate eps max_grad_norm"),
     *fields("run", "num_steps loss_chunk log_every eval_batches keep_checkpoints"),
@@ -105,6 +116,8 @@ def test_every_number_has_a_range():
 
 
 TWIN = {"split__placement": PlacementKind.COLOCATED}
+SHARING = {**TWIN, "split__attention_workers": 2, "split__expert_workers": 2}
+CHUNKED = {**SHARING, "split__overlap": Overlap.CHUNKED, "split__backward_chunks": 2}
 SOURCES = {"data__sources": ("a.bin", "b.npy")}
 
 RELATIONS = [
@@ -120,6 +133,21 @@ RELATIONS = [
         {**TWIN, "split__attention_workers": 4},
     ),
     ("split.hop", 2, "1 with split.placement = colocated", TWIN),
+    ("split.overlap", Overlap.INTERLEAVED, "none with split.placement = disaggregated", {}),
+    ("split.overlap", Overlap.CHUNKED, "none with split.expert_workers = 1", TWIN),
+    ("split.overlap", Overlap.CHUNKED, "none where split.forward_chunks and", SHARING),
+    (
+        "split.overlap", Overlap.INTERLEAVED, "none or chunked with batch.micro_batches = 1",
+        {**SHARING, "batch__micro_batches": 1},
+    ),
+    ("split.forward_chunks", 2, "1 unless split.overlap = chunked", SHARING),
+    (
+        "split.backward_chunks", 2, "1 unless split.overlap = chunked",
+        {**SHARING, "split__overlap": Overlap.INTERLEAVED},
+    ),
+    ("split.forward_chunks", 3, "a divisor of batch.tokens_per_worker (512)", CHUNKED),
+    ("split.forward_chunks", 1024, "a divisor of batch.tokens_per_worker (512)", CHUNKED),
+    ("run.recompute", Recompute.NONE, "full or selective where split.forward_chunks", CHUNKED),
     (
         "optimizer.final_learning_rate", 1e-2, "at most optimizer.peak_learning_rate (0.001)",
         {},
@@ -154,6 +182,7 @@ TYPES = [
     ("model.normalize_gates", 1, "True or False"),
     ("model.router_score", "softmax", "one of RouterScore.SOFTMAX, RouterScore.SIGMOID"),
     ("split.placement", "colocated", "one of PlacementKind.DISAGGREGATED, PlacementKind.COLOCATED"),
+    ("split.overlap", "auto", "one of Overlap.NONE, Overlap.CHUNKED, Overlap.INTERLEAVED"),
     ("run.compute_dtype", "float16", "one of Dtype.BFLOAT16, Dtype.FLOAT32, Dtype.FLOAT64"),
 ]  # fmt: skip
 
@@ -173,6 +202,9 @@ ALLOWED = [
     {"split__bucket_factors": (1, 3)},
     {"split__stages": 4, "split__expert_workers": 8, "split__hop": 2},
     {"batch__micro_batches": 1},
+    {**CHUNKED, "split__forward_chunks": 512},
+    {**CHUNKED, "split__forward_chunks": 2, "run__recompute": Recompute.NONE},
+    {**SHARING, "split__overlap": Overlap.INTERLEAVED, "batch__micro_batches": 2},
     {"data__paths": ("a", "b")},
     {**SOURCES, "data__weights": (1, 0.0), "data__held_out_sources": ("c.bin",)},
     {"data__prefetch_steps": 0, "data__attend_across_documents": False},

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from disag_jax.config import PlacementKind, Recompute, RouterScore, SplitConfig
+from disag_jax.config import Overlap, PlacementKind, Recompute, RouterScore, SplitConfig
 from tests import reference, support
 
 TOLERANCE = 1e-10
@@ -123,6 +123,37 @@ TWINS = {
 def test_every_twin_equals_the_oracle(name):
     split_config, micro_batches, model = TWINS[name]
     check_against_oracle(support.small_config(split_config, micro_batches, **model))
+
+
+def chunked(forward, backward):
+    return {"overlap": Overlap.CHUNKED, "forward_chunks": forward, "backward_chunks": backward}
+
+
+OVERLAPPED = {
+    "2 in 2 chunks": (
+        together(1, 2, 2, **chunked(2, 2)), Recompute.NONE, {"num_shared_experts": 1},
+    ),
+    "8, two stages, in 1 and 4": (
+        together(2, 4, 4, **chunked(1, 4)), Recompute.FULL,
+        {"num_layers": 3, "num_experts": 7, "capacity_factor": 0.75},
+    ),
+    "4, folded, interleaved": (
+        together(1, 4, 2, overlap=Overlap.INTERLEAVED), Recompute.NONE,
+        {"num_experts": 7, "num_shared_experts": 1},
+    ),
+    "8, two stages, interleaved": (
+        together(2, 2, 2, replicas=2, overlap=Overlap.INTERLEAVED), Recompute.SELECTIVE,
+        {"num_layers": 3},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_every_overlap_equals_the_oracle(name):
+    split_config, recompute, model = OVERLAPPED[name]
+    config = support.small_config(split_config, 3, **model)
+    config.run.recompute = recompute
+    check_against_oracle(config.validate())
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,12 @@ def test_buckets_rise_and_are_whole_tiles(config):
 
 
 @settings(max_examples=50, deadline=None)
-@given(configs(), st.data())
-def test_nothing_overflows_the_last_bucket(config, data):
+@given(configs(), st.sampled_from([1, 2, 4]), st.data())
+def test_nothing_overflows_the_last_bucket_or_a_chunk_of_it(config, chunks, data):
     """Every token visits one worker: as many of its experts as it may, and the shared ones."""
-    worst, model = buckets(config)[-1], config.model
-    tokens = config.split.attention_workers * config.batch.tokens_per_worker
+    worst, model = make_geometry(config).in_chunks(chunks).bucket, config.model
+    tokens_per_worker = config.batch.tokens_per_worker // chunks
+    tokens = config.split.attention_workers * tokens_per_worker
     held = ExpertPlaces(model.num_experts, config.split.expert_workers).per_worker
     visited = min(model.top_k, held)
     # How many of the tokens take each set of experts.
@@ -63,7 +64,25 @@ def test_nothing_overflows_the_last_bucket(config, data):
         for expert in experts:
             sizes[expert] += count
     assert sum(-(-size // tile_rows()) * tile_rows() for size in sizes) <= worst.sorted_rows
-    assert config.batch.tokens_per_worker <= worst.rows
+    assert tokens_per_worker <= worst.rows
+
+
+@settings(max_examples=50, deadline=None)
+@given(configs(), st.sampled_from([1, 2, 4]))
+def test_a_chunk_fits_where_the_whole_is_said_to(config, chunks):
+    for bucket in buckets(config):
+        whole = make_geometry(config, bucket)
+        chunk = whole.in_chunks(chunks)
+        for needed in range(0, chunk.P + 3 * chunk.tile, chunk.tile):
+            assert (needed <= chunk.P) == (chunk.whole_sorted_rows(needed) <= whole.P)
+
+
+def test_the_rows_of_a_slot_divide_into_both_kinds_of_chunks():
+    config = config_of(2, 2, [1.0, 1.5], num_experts=6)
+    config.batch.tokens_per_worker = config.batch.sequence_length * 15
+    config.split.forward_chunks, config.split.backward_chunks = 3, 5
+    for bucket in buckets(config):
+        assert bucket.rows % 3 == bucket.rows % 5 == 0
 
 
 @pytest.mark.parametrize(("expert_workers", "top_k"), [(1, 2), (3, 2), (3, 3), (7, 1)])

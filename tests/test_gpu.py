@@ -19,7 +19,15 @@ import pytest
 from jax.experimental import topologies
 
 from disag_jax import overlap, plain_model
-from disag_jax.config import BatchConfig, Dtype, ModelConfig, PlacementKind, Recompute, SplitConfig
+from disag_jax.config import (
+    BatchConfig,
+    Dtype,
+    ModelConfig,
+    Overlap,
+    PlacementKind,
+    Recompute,
+    SplitConfig,
+)
 from disag_jax.geometry import placement_of
 from disag_jax.inputs import load_inputs
 from disag_jax.step import Stepper
@@ -42,6 +50,8 @@ PAIR = SplitConfig(stages=1, attention_workers=1, expert_workers=1, bucket_facto
 TWIN = SplitConfig(
     attention_workers=2, expert_workers=2, bucket_factors=(), placement=PlacementKind.COLOCATED
 )
+CHUNKED = dataclasses.replace(TWIN, overlap=Overlap.CHUNKED, forward_chunks=4, backward_chunks=4)
+INTERLEAVED = dataclasses.replace(TWIN, overlap=Overlap.INTERLEAVED)
 ONE = dataclasses.replace(TWIN, attention_workers=1, expert_workers=1)
 
 
@@ -79,6 +89,9 @@ SPLITS = {
         TWIN, stages=2, attention_workers=1, expert_workers=1
     ),
     "co-located, one device": ONE,
+    "co-located, in chunks": CHUNKED,
+    "co-located, in other chunks back": dataclasses.replace(CHUNKED, backward_chunks=2),
+    "co-located, interleaved": INTERLEAVED,
 }
 
 
@@ -267,22 +280,27 @@ print("equal")
 """
 
 
-def test_loop_updates_in_place_and_hides_its_transfers():
+OVERLAPPING_SPLITS = {"disaggregated": PAIR, "in chunks": CHUNKED, "interleaved": INTERLEAVED}
+
+
+@pytest.mark.parametrize("split", OVERLAPPING_SPLITS.values(), ids=OVERLAPPING_SPLITS)
+def test_loop_updates_in_place_and_hides_its_transfers(split):
     """The program for two GPUs, compiled on one."""
-    config = bfloat16_config()
+    config = bfloat16_config(split)
     config.batch = dataclasses.replace(config.batch, micro_batches=6)
     pair = topologies.get_topology_desc("pair", platform="cuda", topology="1x1x2")
     stepper = Stepper(config, Meshes.make(placement_of(config), pair.devices))
     program = stepper.gradient_program(stepper.chooser.current)
     text = program.lower(*stepper.abstract_arguments()).compile().as_text()
     buffers = loop_buffers(stepper)
-    assert buffers["row gradients"] in text and buffers["stash"] in text
+    rows = buffers["expert row gradients" if split.colocated else "row gradients"]
+    assert rows in text and buffers["stash"] in text
 
     def size(shape):
         return math.prod(int(n) for n in re.search(r"\[([\d,]+)\]", shape).group(1).split(","))
 
     # Rows are seen in several shapes: no copy may be as large as they, whatever its shape.
-    least = min(size(buffers["row gradients"]), size(buffers["stash"]))
+    least = min(size(rows), size(buffers["stash"]))
     copied = [found.group(1) for found in COPY.finditer(text) if "," in found.group(1)]
     assert not [shape for shape in copied if size(shape) >= least]
-    overlap.check_program(text)
+    overlap.check_program(text, split)

@@ -3,6 +3,7 @@
 import pytest
 
 from disag_jax import overlap
+from disag_jax.config import Overlap, PlacementKind, SplitConfig
 from disag_jax.errors import RunError
 from disag_jax.trace import DeviceTime
 
@@ -18,32 +19,66 @@ HloModule jit_training_pipeline, is_scheduled=true
   %done.2 = u16[8] collective-permute-done(%start.2), metadata={{op_name="x/m2n_forward/p"}}
 }}
 """
+# The same with the exchanges of the twin.
+TWIN_LOOP = LOOP.replace("collective-permute", "all-to-all").replace("m2n", "all_to_all")
+BARE = """\
+  %{name} = ((u16[8]), u16[8]) all-to-all-start(%a), metadata={{op_name="x/all_to_all_backward/p"}}
+  %done.{name} = u16[8] all-to-all-done(%{name}), metadata={{op_name="x/all_to_all_backward/p"}}"""
+APART = SplitConfig()
+INTERLEAVED = SplitConfig(placement=PlacementKind.COLOCATED, overlap=Overlap.INTERLEAVED)
+CHUNKED = SplitConfig(
+    placement=PlacementKind.COLOCATED, overlap=Overlap.CHUNKED, forward_chunks=2, backward_chunks=4
+)
 UNIT = "%conditional.1 = u16[8] conditional(%p, %b, %c), branch_computations={%f, %g}"
 
 
-def test_transfers_over_a_phase_pass():
-    steady = overlap.check_program(LOOP.format(before=UNIT))
-    assert [(t.scope, t.conditionals) for t in steady] == [("m2n_backward", 1), ("m2n_forward", 1)]
+@pytest.mark.parametrize(
+    "loop, split, kind", [(LOOP, APART, "m2n"), (TWIN_LOOP, INTERLEAVED, "all_to_all")]
+)
+def test_transfers_over_a_phase_pass(loop, split, kind):
+    steady = overlap.check_program(loop.format(before=UNIT), split)
+    assert [(t.scope, t.conditionals) for t in steady] == [
+        (f"{kind}_backward", 1), (f"{kind}_forward", 1),
+    ]  # fmt: skip
 
 
-def test_a_bare_transfer_is_found():
-    with pytest.raises(RunError, match=r"must span a conditional: m2n_backward"):
-        overlap.check_program(LOOP.format(before="%x = u16[8] add(%a, %b)"))
+@pytest.mark.parametrize("loop, split", [(LOOP, APART), (TWIN_LOOP, INTERLEAVED)])
+def test_a_bare_transfer_is_found(loop, split):
+    with pytest.raises(RunError, match=r"must span a conditional: (m2n|all_to_all)_backward$"):
+        overlap.check_program(loop.format(before="%x = u16[8] add(%a, %b)"), split)
+
+
+def test_chunks_leave_two_transfers_bare_and_no_more():
+    def program(num_bare):
+        pairs = [BARE.format(name=f"bare.{i}") for i in range(num_bare)]
+        return TWIN_LOOP.format(before="\n".join([UNIT, *pairs]))
+
+    assert len(overlap.check_program(program(2), CHUNKED)) == 4
+    with pytest.raises(RunError, match=r"all_to_all_backward \(all but 2\)"):
+        overlap.check_program(program(3), CHUNKED)
+
+
+def test_the_twin_is_not_excused_by_transfers_between_stages():
+    with pytest.raises(RunError, match=r"must have transfers in both directions"):
+        overlap.check_program(LOOP.format(before=UNIT), INTERLEAVED)
 
 
 def test_synchronous_transfers_are_found():
     text = LOOP.format(before=UNIT).replace("-start(", "(").replace("-done(", "-other(")
-    with pytest.raises(RunError, match=r"must have asynchronous transfers in both directions"):
-        overlap.check_program(text)
+    with pytest.raises(RunError, match=r"conditional: m2n_forward, m2n_backward$"):
+        overlap.check_program(text, APART)
 
 
 def test_an_unscheduled_program_is_refused():
     with pytest.raises(RunError, match=r"order of execution"):
-        overlap.check_program(LOOP.format(before=UNIT).replace("is_scheduled=true", ""))
+        overlap.check_program(LOOP.format(before=UNIT).replace("is_scheduled=true", ""), APART)
 
 
 def test_a_trace_passes_if_compute_hides_what_it_could():
     # Communication takes twice the compute: half could be hidden, and 40% were.
-    overlap.check_trace({"gpu": DeviceTime(2.0, 1.0, 2.0, 1.2)})
+    overlap.check_trace({"gpu": DeviceTime(2.0, 1.0, 2.0, 1.2)}, APART)
     with pytest.raises(RunError, match=r"10% of the communication was hidden, .* could hide 50%"):
-        overlap.check_trace({"gpu": DeviceTime(2.0, 1.0, 2.0, 1.8)})
+        overlap.check_trace({"gpu": DeviceTime(2.0, 1.0, 2.0, 1.8)}, APART)
+    # Of 2 and 4 chunks on the way there and back, half and a quarter are at the ends.
+    with pytest.raises(RunError, match=r"15% of the communication was hidden, .* could hide 31%"):
+        overlap.check_trace({"gpu": DeviceTime(2.0, 1.0, 2.0, 1.7)}, CHUNKED)

@@ -6,11 +6,14 @@ import itertools
 import jax
 import pytest
 
-from disag_jax.config import Dtype, PlacementKind, Recompute, SplitConfig
+from disag_jax.config import Dtype, Overlap, PlacementKind, Recompute, SplitConfig
 from disag_jax.dispatch import cotangent_template, message_template
+from disag_jax.errors import ConfigError
 from disag_jax.geometry import buckets, make_geometry
 from disag_jax.model import init_vocabulary
 from disag_jax.phases import Layouts
+from disag_jax.planner.prediction import predict
+from disag_jax.planner.search import candidates
 from disag_jax.planner.sizes import TILE, Sizes, total_parameters
 from disag_jax.stash import StashPool
 from disag_jax.units import AttentionUnit, ExpertUnit
@@ -25,6 +28,16 @@ SPLITS = {
     "more attention": SplitConfig(stages=2, attention_workers=3, expert_workers=1),
     "twin": SplitConfig(stages=1, attention_workers=4, expert_workers=2, placement=COLOCATED),
 }
+
+
+def test_what_overlaps_is_not_predicted_and_a_search_has_none_of_it():
+    split = dataclasses.replace(SPLITS["twin"], overlap=Overlap.CHUNKED, backward_chunks=2)
+    config = support.small_config(split, num_experts=6)
+    with pytest.raises(ConfigError, match=r"split.overlap = chunked must be none to be predicted"):
+        predict(config, None)
+    for placement in PlacementKind:
+        found = list(candidates(config, 4, placement))
+        assert found and all(c.validate().split.overlap is Overlap.NONE for c in found)
 
 
 @pytest.mark.parametrize("dtype", Dtype)

@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-from disag_jax.config import Config
+from disag_jax.config import Config, Overlap
+from disag_jax.errors import ConfigError
 from disag_jax.flops import flops_per_device
 from disag_jax.geometry import expected_load, placement_of
 from disag_jax.planner.costs import Costs
@@ -80,11 +81,16 @@ class Prediction:
 
 
 def predict(config: Config, hardware: Hardware, load_factor: float | None = None) -> Prediction:
-    """The step of a config, simulated; ConfigError if the hardware has no link that it needs.
+    """The step of a config, simulated.
+
+    ConfigError if the hardware has no link that it needs, or if it overlaps its all-to-all, which
+    no model of its time covers yet.
 
     load_factor: rows of the busiest expert worker over the mean's; None expects it of tokens that
       choose their experts independently and evenly.
     """
+    if config.split.overlap is not Overlap.NONE:
+        raise ConfigError(f"split.overlap = {config.split.overlap} must be none to be predicted")
     load = expected_load_factor(config) if load_factor is None else load_factor
     sizes = Sizes.of(config, load)
     costs = Costs(sizes, hardware)

@@ -8,7 +8,7 @@ simulated step: what is found is the best of all that `candidates` lists, and al
 import dataclasses
 from collections.abc import Iterator
 
-from disag_jax.config import Config, PlacementKind, Recompute
+from disag_jax.config import Config, Overlap, PlacementKind, Recompute
 from disag_jax.errors import ConfigError
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.hardware import Hardware
@@ -103,7 +103,7 @@ def candidates(
 
     Stages of g workers, p of them and D replicas with D p g = num_devices; M and N with M + N = g
     (co-located M = g and N any divisor of g); whole sequences per micro-batch, by powers of two;
-    both hops (co-located one).
+    both hops (co-located one). The twin's overlap is none, the only one whose time is modelled.
     """
     fixed = fixed or Fixed()
     for group in _divisors(num_devices):
@@ -116,7 +116,8 @@ def candidates(
                     split = dataclasses.replace(
                         config.split, replicas=replicas, stages=stages,
                         attention_workers=attention, expert_workers=expert, hop=hop,
-                        placement=placement,
+                        placement=placement, overlap=Overlap.NONE, forward_chunks=1,
+                        backward_chunks=1,
                     )  # fmt: skip
                     for batch in _batches(config, replicas * attention, fixed):
                         found = dataclasses.replace(config, split=split, batch=batch)
