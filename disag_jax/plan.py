@@ -8,6 +8,7 @@ tokens per step; `--stages`, `--attention_workers` and so on hold parts of it fi
 """
 
 import dataclasses
+import math
 
 import rich.console
 import rich.table
@@ -54,10 +55,18 @@ def make_plan(
         raise ConfigError(
             f"num_devices = {num_devices} must be at least 2, one for attention and one for experts"
         )
-    if load_factor is not None and load_factor < 1:
+    length = config.batch.sequence_length
+    if fixed.tokens_per_worker is not None and (
+        fixed.tokens_per_worker < 1 or fixed.tokens_per_worker % length
+    ):
         raise ConfigError(
-            f"load_factor = {load_factor} must be at least 1, the busiest worker's rows over the "
-            "mean's"
+            f"tokens_per_worker = {fixed.tokens_per_worker} must be a positive multiple of "
+            f"batch.sequence_length = {length}"
+        )
+    if load_factor is not None and not 1 <= load_factor < math.inf:
+        raise ConfigError(
+            f"load_factor = {load_factor} must be finite and at least 1, the busiest worker's rows "
+            "over the fullest worker's expected ones"
         )
     found = {
         placement: search_lib.search(config, hardware, num_devices, placement, fixed, load_factor)
@@ -65,7 +74,7 @@ def make_plan(
     }
     ranked = sorted((one for one in found.values() if one), key=lambda one: one.seconds_per_token)
     if not ranked:
-        raise search_lib.refusal(config, hardware, num_devices, fixed)
+        raise search_lib.refusal(config, hardware, num_devices, fixed, load_factor)
     best = predict(ranked[0].config.validate(), hardware, load_factor)
     rows = [(f"pick, {best.config.split.placement}", best)]
     for label, near in search_lib.neighbours(best.config, num_devices):
@@ -74,7 +83,7 @@ def make_plan(
         rows.append(
             (f"best {other.config.split.placement}", predict(other.config, hardware, load_factor))
         )
-    return Plan(best, rows, advise(config, hardware, num_devices, found, load_factor))
+    return Plan(best, rows, advise(config, hardware, num_devices, found, fixed, load_factor))
 
 
 def table(plan: Plan) -> rich.table.Table:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -153,7 +154,7 @@ def test_colocation_is_advised_for_shapes_too_lopsided_for_the_devices():
 def test_advice_names_a_change_that_does_turn_it_around():
     config = small(micro_batches=16, sequence_length=2048)
     found = {kind: search.search(config, H100, 4, kind) for kind in search.PLACEMENTS}
-    advice = advise(config, H100, 4, found, None)
+    advice = advise(config, H100, 4, found, Fixed(), None)
     assert advice.placement is PlacementKind.COLOCATED
     (factor,) = re.findall(r"intra-node links (\d) times slower", advice.sentence)
     slow = dataclasses.replace(H100, intra_node=H100.intra_node.scaled(1 / int(factor)))
@@ -161,8 +162,42 @@ def test_advice_names_a_change_that_does_turn_it_around():
         kind: search.search(config, slow, 4, kind).seconds_per_token for kind in search.PLACEMENTS
     }
     assert times[PlacementKind.DISAGGREGATED] < times[PlacementKind.COLOCATED]
-    only = advise(config, H100, 4, {**found, PlacementKind.COLOCATED: None}, None)
+    only = advise(config, H100, 4, {**found, PlacementKind.COLOCATED: None}, Fixed(), None)
     assert only.sentence == "disaggregate: the other placement fits on no split of these devices"
+
+
+def test_what_is_fixed_holds_in_the_advice_too(monkeypatch):
+    tried = []
+
+    def spy(config, device, num_devices, placement, fixed, load_factor):
+        found = search.search(config, device, num_devices, placement, fixed, load_factor)
+        tried.append(found and found.config)
+        return found
+
+    monkeypatch.setattr("disag_jax.planner.advice.search", spy)
+    config = small()
+    fixed = Fixed(tokens_per_worker=4096, expert_workers=2, hop=1)
+    made = plan.make_plan(config, H100, 4, fixed)
+    assert any(tried) and all(fixed.allows(one) for one in tried if one)
+    if not made.advice.changes:
+        assert f"stages and replicas and {fixed}, neither" in made.advice.sentence
+
+
+def test_a_placement_that_the_user_excludes_is_not_said_to_fit_nowhere():
+    made = plan.make_plan(small(), H100, 4, Fixed(hop=2))
+    assert made.advice.sentence == (
+        "disaggregate: the other placement fits on no split of these devices with hop = 2"
+    )
+
+
+def test_no_worker_has_more_than_everything():
+    config = small()
+    config.split.expert_workers = 4
+    most = predict(config, H100, 4.0)
+    assert predict(config, H100, 1000.0).step_seconds == most.step_seconds
+    assert step_seconds(config, H100, 1000.0) == most.step_seconds and most.load_factor == 4
+    plans = [plan.make_plan(config, H100, 4, load_factor=load).best for load in (4.0, 1000.0)]
+    assert plans[0].step_seconds == plans[1].step_seconds
 
 
 @pytest.mark.parametrize(
@@ -174,7 +209,11 @@ def test_advice_names_a_change_that_does_turn_it_around():
         (dict(num_devices=8, fixed=Fixed(stages=3)),
          r"num_devices = 8 must divide into replicas x stages x workers .* with stages = 3"),
         (dict(num_devices=8, fixed=Fixed(stages=2, replicas=3)), r"with replicas = 3, stages = 2"),
-        (dict(num_devices=8, load_factor=0.5), r"load_factor = 0.5 must be at least 1"),
+        *[(dict(num_devices=8, load_factor=bad), rf"load_factor = {bad} must be finite and at l")
+          for bad in (0.5, math.nan, math.inf)],
+        *[(dict(num_devices=8, fixed=Fixed(tokens_per_worker=bad)),
+           rf"tokens_per_worker = {bad} must be a positive multiple of batch.sequence_length = 10")
+          for bad in (1000, 1536, 0)],
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(change, message):
@@ -198,6 +237,12 @@ def test_the_command_prints_a_plan_and_refuses_in_one_sentence():
     assert bad.returncode == 2 and bad.stdout == ""
     assert bad.stderr.startswith("error: hardware = 'b300' must be one of a100, h100")
     assert bad.stderr.count("\n") == 1
+    short = subprocess.run(
+        [*command, "--hardware=h100", "--num_devices=4", "--tokens_per_worker=1000"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert short.returncode == 2 and short.stdout == ""
+    assert short.stderr.startswith("error: tokens_per_worker = 1000 must be a positive multiple")
 
 
 def test_a_plan_does_not_change_its_config():

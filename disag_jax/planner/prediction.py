@@ -85,7 +85,7 @@ def predict(config: Config, hardware: Hardware, load_factor: float | None = None
     load_factor: rows of the busiest expert worker over the mean's; None expects it of tokens that
       choose their experts independently and evenly.
     """
-    load = expected_load_factor(config) if load_factor is None else load_factor
+    load = assumed_load_factor(config, load_factor)
     sizes = Sizes.of(config, load)
     costs = Costs(sizes, hardware)
     run = simulate_step(costs)
@@ -110,8 +110,7 @@ def predict(config: Config, hardware: Hardware, load_factor: float | None = None
 
 def step_seconds(config: Config, hardware: Hardware, load_factor: float | None = None) -> float:
     """`Prediction.step_seconds` alone, for searches."""
-    load = expected_load_factor(config) if load_factor is None else load_factor
-    costs = Costs(Sizes.of(config, load), hardware)
+    costs = Costs(Sizes.of(config, assumed_load_factor(config, load_factor)), hardware)
     return total_seconds(costs, simulate_step(costs))
 
 
@@ -128,6 +127,13 @@ def least_seconds(costs: Costs) -> float:
         split.hop, split.colocated,
     )  # fmt: skip
     return loop + sum(costs.outside_loop.values())
+
+
+def assumed_load_factor(config: Config, load_factor: float | None) -> float:
+    """The factor given, at most one that puts all on one worker; None is what is expected."""
+    if load_factor is None:
+        return expected_load_factor(config)
+    return min(load_factor, config.split.expert_workers)
 
 
 def expected_load_factor(config: Config) -> float:
