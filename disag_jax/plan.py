@@ -121,7 +121,7 @@ def table(plan: Plan) -> rich.table.Table:
 def report(plan: Plan) -> str:
     """What the table does not say: units, transfers, memory, assumptions, advice."""
     best = plan.best
-    units = ", ".join(f"{name} {1e3 * s:.2f}" for name, s in best.units.items())
+    units = ", ".join(f"{name} {1e3 * s:.2f}" for name, s in best.unit_seconds.items())
     moves = ", ".join(f"{name} {1e3 * s:.2f}" for name, s in best.transfers.items() if s)
     outside = ", ".join(f"{name} {1e3 * s:.0f}" for name, s in best.outside_loop.items())
     lines = [
@@ -139,7 +139,7 @@ def report(plan: Plan) -> str:
         )
         lines.append(f"{'memory':<12}{kind} {bytes_in_words(memory.total)}: {parts}")
     lines += [
-        f"{'assumed':<12}busiest expert worker {best.load_factor:.3f} of the mean; "
+        f"{'assumed':<12}busiest expert worker {best.load_factor:.3f} of what the fullest expects; "
         f"{best.hardware.comment}",
         f"{'advice':<12}{plan.advice.sentence}",
     ]
@@ -197,7 +197,9 @@ if __name__ == "__main__":
     _HARDWARE = flags.DEFINE_string("hardware", None, "a name, or a file of disag_jax.profile")
     _NUM_DEVICES = flags.DEFINE_integer("num_devices", None, "devices to split")
     _LOAD_FACTOR = flags.DEFINE_float(
-        "load_factor", None, "busiest expert worker's rows over the mean's; default: even routing"
+        "load_factor",
+        None,
+        "busiest expert worker's rows over the fullest one's expected ones; default: even routing",
     )
     _FIXED = {
         name: flags.DEFINE_integer(name, None, f"keep {name} at this", lower_bound=1)

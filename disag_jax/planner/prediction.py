@@ -38,11 +38,11 @@ class Prediction:
 
     Attributes:
       config, hardware: of what, on what.
-      load_factor: busiest expert worker's rows over the mean's, assumed.
+      load_factor: busiest expert worker's rows over the fullest one's expected, assumed.
       step_seconds: whole optimizer step.
       outside_loop: of it, seconds outside the schedule's periods, by name.
       exposed_communication: of it, seconds that transfers free of charge would save.
-      units: seconds of each unit, by name.
+      unit_seconds: of each unit, by name.
       transfers: seconds of each transfer, by name.
       workers: where the time goes, by class of workers.
       memory: bytes, by kind of worker.
@@ -55,7 +55,7 @@ class Prediction:
     step_seconds: float
     outside_loop: dict[str, float]
     exposed_communication: float
-    units: dict[str, float]
+    unit_seconds: dict[str, float]
     transfers: dict[str, float]
     workers: list[WorkerTime]
     memory: dict[str, Memory]
@@ -82,8 +82,9 @@ class Prediction:
 def predict(config: Config, hardware: Hardware, load_factor: float | None = None) -> Prediction:
     """The step of a config, simulated; ConfigError if the hardware has no link that it needs.
 
-    load_factor: rows of the busiest expert worker over the mean's; None expects it of tokens that
-      choose their experts independently and evenly.
+    load_factor: rows of the busiest expert worker over those that the fullest one, with most
+      experts, is expected to have; None is what to expect of tokens that choose their experts
+      independently and evenly.
     """
     load = assumed_load_factor(config, load_factor)
     sizes = Sizes.of(config, load)
@@ -100,7 +101,7 @@ def predict(config: Config, hardware: Hardware, load_factor: float | None = None
         step_seconds=step,
         outside_loop=outside,
         exposed_communication=exposed,
-        units=costs.units,
+        unit_seconds=costs.unit_seconds,
         transfers=_transfers(costs),
         workers=_worker_times(costs, step, exposed),
         memory=predict_memory(sizes),
@@ -137,7 +138,7 @@ def assumed_load_factor(config: Config, load_factor: float | None) -> float:
 
 
 def expected_load_factor(config: Config) -> float:
-    """Rows of the busiest expert worker over the mean's, for tokens that choose independently.
+    """Rows of the busiest expert worker over the fullest one's expected, for independent tokens.
 
     The expected maximum of N about normal counts is at most mean + deviation * sqrt(2 ln N); the
     deviation of a binomial count is at most the root of its mean. Real routers are less even.
@@ -162,7 +163,7 @@ def simulate_step(costs: Costs, *, free_transfers: bool = False) -> Run:
 
 def timing_of(costs: Costs, *, free_transfers: bool = False) -> Timing:
     """What the simulator needs, by class of workers."""
-    placement, units = placement_of(costs.config), costs.units
+    placement, units = placement_of(costs.config), costs.unit_seconds
     share = 0.0 if free_transfers else 1.0
     attention, expert = (
         np.array([units[f"{role}_forward"], units[f"{role}_backward"]])
@@ -204,7 +205,7 @@ def _transfers(costs: Costs) -> dict[str, float]:
 
 
 def _worker_times(costs: Costs, step: float, exposed: float) -> list[WorkerTime]:
-    config, split, units = costs.config, costs.config.split, costs.units
+    config, split, units = costs.config, costs.config.split, costs.unit_seconds
     layer = {
         role: units[f"{role}_forward"] + units[f"{role}_backward"]
         for role in ("attention", "expert")
