@@ -21,10 +21,10 @@ from disag_jax import bench_phases, bench_transfer
 from disag_jax.bench_units import measure_rates
 from disag_jax.config import Config, ConfigError, PlacementKind, SplitConfig
 from disag_jax.flops import peak_flops
-from disag_jax.geometry import enable_float64
 from disag_jax.planner.costs import unit_work
 from disag_jax.planner.fits import fit_link, fit_units, fit_update
 from disag_jax.planner.hardware import UNITS, Hardware, Link, Transfer
+from disag_jax.planner.prediction import check_predictable
 from disag_jax.planner.sizes import Sizes
 from disag_jax.state import StateManager
 from disag_jax.training import make_meshes
@@ -205,7 +205,7 @@ def summary(hardware: Hardware) -> str:
 def main(config: Config, out: str):
     """Measures, prints and writes."""
     config.validate()
-    enable_float64(config)
+    check_predictable(config)
     if not pathlib.Path(out).resolve().parent.is_dir():
         raise ConfigError(f"--out = {out!r} must be in a directory that exists")
     began = time.perf_counter()

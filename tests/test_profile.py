@@ -25,7 +25,7 @@ def test_a_profile_is_measured_written_and_read_back(tmp_path, capsys, monkeypat
     monkeypatch.setattr(profile, "variants", lambda config: all_variants(config)[:1])
     monkeypatch.setattr(profile, "UPDATE_LAYERS", (1,))
     config = support.small_config(SplitConfig(), top_k=4, num_shared_experts=1)
-    config.run.compute_dtype = Dtype.FLOAT32
+    config.run.compute_dtype = Dtype.BFLOAT16
     config.batch = BatchConfig(sequence_length=16, tokens_per_worker=32, micro_batches=2)
     out = str(tmp_path / "here.json")
     profile.main(config, out)
@@ -73,13 +73,20 @@ def test_variants_are_valid_and_vary_what_units_depend_on():
         assert len(values) > 1
 
 
+def bfloat16(config):
+    config.run.compute_dtype = Dtype.BFLOAT16
+    return config
+
+
 def test_an_odd_number_of_devices_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(profile.jax, "devices", lambda: [None] * 3)
     config = support.small_config(SplitConfig())
     with pytest.raises(ConfigError, match="devices = 3 must be an even number"):
         profile._one_stage(config)
     with pytest.raises(ConfigError, match=r"--out = .* must be in a directory that exists"):
-        profile.main(config, str(tmp_path / "none" / "x.json"))
+        profile.main(bfloat16(config), str(tmp_path / "none" / "x.json"))
+    with pytest.raises(ConfigError, match=r"compute_dtype = float64 must be bfloat16 for a pre"):
+        profile.main(support.small_config(SplitConfig()), str(tmp_path / "x.json"))
 
 
 def test_fits_find_the_coefficients_that_made_the_times():

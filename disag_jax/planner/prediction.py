@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-from disag_jax.config import Config
+from disag_jax.config import Config, Dtype
+from disag_jax.errors import ConfigError
 from disag_jax.flops import flops_per_device
 from disag_jax.geometry import expected_load, placement_of
 from disag_jax.planner.costs import Costs
@@ -79,13 +80,23 @@ class Prediction:
         return not missing_bytes(self.memory, self.hardware)
 
 
+def check_predictable(config: Config):
+    """ConfigError unless the config computes in bfloat16, whose rates are all that is known."""
+    dtype = config.run.compute_dtype
+    if dtype is not Dtype.BFLOAT16:
+        raise ConfigError(f"run.compute_dtype = {dtype} must be bfloat16 for a prediction")
+
+
 def predict(config: Config, hardware: Hardware, load_factor: float | None = None) -> Prediction:
-    """The step of a config, simulated; ConfigError if the hardware has no link that it needs.
+    """The step of a config, simulated.
+
+    ConfigError if the hardware has no link that it needs, or the config's type no rates.
 
     load_factor: rows of the busiest expert worker over those that the fullest one, with most
       experts, is expected to have; None is what to expect of tokens that choose their experts
       independently and evenly.
     """
+    check_predictable(config)
     load = assumed_load_factor(config, load_factor)
     sizes = Sizes.of(config, load)
     costs = Costs(sizes, hardware)

@@ -15,6 +15,7 @@ from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.memory_model import missing_bytes, missing_in_words, predict_memory
 from disag_jax.planner.prediction import (
     assumed_load_factor,
+    check_predictable,
     least_seconds,
     simulate_step,
     total_seconds,
@@ -133,6 +134,7 @@ def search(
     load_factor: float | None = None,
 ) -> Found | None:
     """The split with the least time per token, or None where none fits the memory."""
+    check_predictable(config)
     fixed = fixed or Fixed()
     fitting = _fitting(config, hardware, num_devices, placement, fixed, load_factor)
     bounded = [
