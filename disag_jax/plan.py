@@ -20,7 +20,7 @@ from disag_jax.planner import pictures
 from disag_jax.planner import search as search_lib
 from disag_jax.planner.advice import Advice, advise
 from disag_jax.planner.hardware import Hardware, load
-from disag_jax.planner.prediction import Prediction, predict
+from disag_jax.planner.prediction import Prediction, WorkerTime, predict
 from disag_jax.planner.roofline import allocate, demand_of
 from disag_jax.planner.search import Fixed
 from disag_jax.planner.topology import per_device
@@ -94,14 +94,14 @@ def table(plan: Plan) -> rich.table.Table:
         f"({best.hardware.source})"
     )
     names = ("", "D x p x (M + N)", "hop", "K x T", "step, s", "tokens/s", "MFU", "exposed",
-             "idle A, F", "GiB A, F")  # fmt: skip
+             "mean idle A, F", "GiB A, F")  # fmt: skip
     for name in names:
         made.add_column(name, justify="right" if name else "left")
     for label, prediction in plan.rows:
         split, batch = prediction.config.split, prediction.config.batch
         second = f"/{split.expert_workers}" if split.colocated else f" + {split.expert_workers}"
         step = prediction.step_seconds
-        idle = {worker.name.split()[-1]: worker.idle / step for worker in prediction.workers}
+        idle = [shares["idle"][1] for shares in _shares_of_roles(prediction).values()]
         memory = " ".join(f"{m.total / 2**30:.0f}" for m in prediction.memory.values())
         made.add_row(
             label if prediction.fits else f"{label}: does not fit",
@@ -112,10 +112,30 @@ def table(plan: Plan) -> rich.table.Table:
             f"{prediction.tokens_per_second:,.0f}",
             f"{prediction.mfu:.1%}",
             f"{prediction.exposed_communication / step:.0%}",
-            " ".join(f"{max(0, share):.0%}" for share in idle.values()),
+            " ".join(f"{share:.0%}" for share in idle),
             memory,
         )
     return made
+
+
+def _shares_of_roles(prediction: Prediction) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Of each role's busy, exposed and idle shares of a step, (least, mean, most) of its stages."""
+    by_role: dict[str, list[WorkerTime]] = {}
+    for worker in prediction.workers:
+        by_role.setdefault(worker.name.split()[-1], []).append(worker)
+    found = {}
+    for role, workers in by_role.items():
+        found[role] = {}
+        for part in ("busy", "exposed", "idle"):
+            # Nothing is idle for less than no time but by rounding.
+            shares = [max(0.0, getattr(w, part) / prediction.step_seconds) for w in workers]
+            found[role][part] = min(shares), sum(shares) / len(shares), max(shares)
+    return found
+
+
+def _in_shares(least: float, mean: float, most: float) -> str:
+    apart = f" ({least:.0%} to {most:.0%})" if most - least >= 0.005 else ""
+    return f"{mean:.0%}{apart}"
 
 
 def report(plan: Plan) -> str:
@@ -131,6 +151,9 @@ def report(plan: Plan) -> str:
         f"{'moves, ms':<12}{moves or 'none'}",
         f"{'around, ms':<12}{outside}",
     ]
+    for role, shares in _shares_of_roles(best).items():
+        parts = ", ".join(f"{part} {_in_shares(*three)}" for part, three in shares.items())
+        lines.append(f"{role:<12}{parts} of a step, mean of {best.config.split.stages} stages")
     lines.append(f"{'roofline':<12}{_roofline(best)}")
     for kind, memory in best.memory.items():
         parts = ", ".join(
@@ -184,7 +207,7 @@ def main(
     if timeline:
         pictures.write_timeline(plan.best, timeline)
     if plot:
-        pictures.write_page(plan.best, plot)
+        pictures.write_page(plan.best, plot, load_factor)
     return plan
 
 

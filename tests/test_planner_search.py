@@ -17,7 +17,7 @@ from disag_jax import plan
 from disag_jax.config import PlacementKind, Recompute
 from disag_jax.errors import ConfigError
 from disag_jax.planner import hardware, search
-from disag_jax.planner.advice import advise
+from disag_jax.planner.advice import Advice, advise
 from disag_jax.planner.prediction import predict, step_seconds
 from disag_jax.planner.search import Fixed
 
@@ -243,6 +243,27 @@ def test_the_command_prints_a_plan_and_refuses_in_one_sentence():
     )  # fmt: skip
     assert short.returncode == 2 and short.stdout == ""
     assert short.stderr.startswith("error: tokens_per_worker = 1000 must be a positive multiple")
+
+
+def test_idle_time_is_the_mean_of_all_stages():
+    config = small(num_layers=5)  # of two stages one has three layers
+    config.split.stages = 2
+    best = predict(config.validate(), H100)
+    advice = Advice(PlacementKind.DISAGGREGATED, None, [], Fixed())
+    made = plan.Plan(best, [("pick", best)], advice)
+    by_role = {
+        role: [w for w in best.workers if w.name.endswith(role)] for role in ("attention", "expert")
+    }
+    step, means = best.step_seconds, []
+    for role, workers in by_role.items():
+        idle, busy = ([getattr(w, part) / step for w in workers] for part in ("idle", "busy"))
+        assert len(idle) == 2 and idle[0] < idle[1]
+        means.append(f"{sum(idle) / 2:.0%}")
+        (line,) = [one for one in plan.report(made).split("\n") if one.startswith(f"{role} ")]
+        assert f"busy {sum(busy) / 2:.0%} ({min(busy):.0%} to {max(busy):.0%}), exposed " in line
+        assert f"idle {means[-1]} ({idle[0]:.0%} to {idle[1]:.0%}) of a step" in line
+    (column,) = [c for c in plan.table(made).columns if c.header == "mean idle A, F"]
+    assert list(column.cells) == [" ".join(means)]
 
 
 def test_a_plan_does_not_change_its_config():
