@@ -151,9 +151,11 @@ def report(plan: Plan) -> str:
         f"{'moves, ms':<12}{moves or 'none'}",
         f"{'around, ms':<12}{outside}",
     ]
+    stages = best.config.split.stages
+    mean = f", mean of {stages} stages" if stages > 1 else ""
     for role, shares in _shares_of_roles(best).items():
         parts = ", ".join(f"{part} {_in_shares(*three)}" for part, three in shares.items())
-        lines.append(f"{role:<12}{parts} of a step, mean of {best.config.split.stages} stages")
+        lines.append(f"{role:<12}{parts} of a step{mean}")
     lines.append(f"{'roofline':<12}{_roofline(best)}")
     for kind, memory in best.memory.items():
         parts = ", ".join(

@@ -261,7 +261,7 @@ def test_idle_time_is_the_mean_of_all_stages():
         means.append(f"{sum(idle) / 2:.0%}")
         (line,) = [one for one in plan.report(made).split("\n") if one.startswith(f"{role} ")]
         assert f"busy {sum(busy) / 2:.0%} ({min(busy):.0%} to {max(busy):.0%}), exposed " in line
-        assert f"idle {means[-1]} ({idle[0]:.0%} to {idle[1]:.0%}) of a step" in line
+        assert f"idle {means[-1]} ({idle[0]:.0%} to {idle[1]:.0%}) of a step, mean of 2" in line
     (column,) = [c for c in plan.table(made).columns if c.header == "mean idle A, F"]
     assert list(column.cells) == [" ".join(means)]
 

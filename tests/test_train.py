@@ -177,6 +177,11 @@ COMMAND_MISTAKES = {
     "not a choice": (["--config.model.router_score=best"], "softmax|sigmoid"),
     "broken rule": (["--config.model.top_k=13"], "model.top_k = 13 must be at most"),
     "stray argument": (["configs/tiny.py"], "argument 'configs/tiny.py' must be a flag"),
+    "dry run of no split": (
+        ["--dry_run", "--hardware=h100", "--config.split.placement=auto"],
+        "split.placement = 'auto' must be disaggregated or colocated for --dry_run, which compiles "
+        "one split: `python -m disag_jax.plan` finds one",
+    ),
     "missing file": (
         ["--config=configs/none.py"],
         "--config = 'configs/none.py' must be a Python file whose get_config() returns a Config",
