@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from disag_jax import processes
 from disag_jax.config import Config, PlacementKind
 from disag_jax.errors import ConfigError
 from disag_jax.planner import search
@@ -50,7 +51,8 @@ def resolve(config: Config, hardware_name: str | None = None) -> Config:
 def _hardware_here() -> Hardware:
     """The data sheet of the devices here, with as many a node and as much memory as there are."""
     devices = jax.local_devices()
-    sheet = _hardware_of(devices[0].device_kind)
+    # Refused by all processes alike, or some would wait for the others below.
+    sheet = processes.on_each(lambda: _hardware_of(devices[0].device_kind))
     megabytes = (devices[0].memory_stats() or {}).get("bytes_limit", 0) >> 20
     host = zlib.crc32(socket.gethostname().encode()) >> 1
     here = np.array([host, len(devices), megabytes], np.int32)

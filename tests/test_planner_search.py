@@ -190,6 +190,21 @@ def test_a_placement_that_the_user_excludes_is_not_said_to_fit_nowhere():
     )
 
 
+def test_a_refusal_counts_the_memory_of_the_load_that_was_given():
+    config = search.with_recompute(small(), Recompute.FULL)
+    config.split.attention_workers = config.split.expert_workers = 2
+    fixed = Fixed(1, 1, 2, 2, 1, config.batch.tokens_per_worker, recompute=Recompute.FULL)
+    even, skewed = (
+        max(memory.total for memory in predict(config, H100, load).memory.values())
+        for load in (1.0, 2.0)
+    )
+    between = (even + skewed) / 2 / 2**30
+    device = dataclasses.replace(H100, memory_gibibytes=between, usable_memory_share=1.0)
+    plan.make_plan(config, device, 4, fixed, 1.0)
+    with pytest.raises(ConfigError, match=r"is .*expert worker .* over"):
+        plan.make_plan(config, device, 4, fixed, 2.0)
+
+
 def test_no_worker_has_more_than_everything():
     config = small()
     config.split.expert_workers = 4
