@@ -8,6 +8,7 @@ Flags choose how to run; the config says what to train: `--config.model.num_laye
 from absl import flags
 
 from disag_jax import cli
+from disag_jax.config import PlacementKind
 from disag_jax.errors import ConfigError
 from disag_jax.planner.hardware import load
 from mesh import runtime
@@ -42,8 +43,9 @@ DRY_RUN = flags.DEFINE_bool(
 HARDWARE = flags.DEFINE_string(
     "hardware",
     None,
-    "what --dry_run and split.placement=auto plan for, and steps are compared with: a name, or a "
-    "file of disag_jax.profile; default: the devices here, and the run's own steps",
+    "what --dry_run plans for (its split must be named), split.placement=auto chooses for, and "
+    "steps are compared with, in bfloat16: a name, or a file of disag_jax.profile; default: the "
+    "devices here, and the run's own steps",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0, for several processes without SLURM or MPI"
@@ -81,6 +83,11 @@ def _dry_run():
     if HARDWARE.value is None:
         raise ConfigError("--hardware = None must be given with --dry_run")
     hardware = load(HARDWARE.value)
+    if CONFIG.value.split.placement is PlacementKind.AUTO:
+        raise ConfigError(
+            "split.placement = 'auto' must be disaggregated or colocated for --dry_run, which "
+            "compiles one split: `python -m disag_jax.plan` finds one"
+        )
     runtime.start(CONFIG.value.validate().split.num_devices)
     from disag_jax import dry_run
 

@@ -1,11 +1,23 @@
 """`split.placement = auto`: the planner chooses the split for the devices that a run finds."""
 
-import jax
+import dataclasses
+import re
+import socket
+import zlib
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from disag_jax import processes
 from disag_jax.config import Config, PlacementKind
 from disag_jax.errors import ConfigError
 from disag_jax.planner import search
 from disag_jax.planner.hardware import Hardware, known, load
+
+# How far the gigabytes in a device's name may be from its data sheet's, as a share: 80 GB devices
+# have 79.2 GiB.
+SAME_MEMORY = 0.05
 
 
 def resolve(config: Config, hardware_name: str | None = None) -> Config:
@@ -16,7 +28,8 @@ def resolve(config: Config, hardware_name: str | None = None) -> Config:
     if config.split.placement is not PlacementKind.AUTO:
         return config
     devices = jax.devices()
-    hardware = load(hardware_name) if hardware_name else _hardware_of(devices[0].device_kind)
+    # What a user names is taken as it is.
+    hardware = load(hardware_name) if hardware_name else _hardware_here()
     # The split that stands there counts for its tokens alone.
     config = search.without_auto(config)
     fixed = search.Fixed(tokens_per_step=config.tokens_per_step, recompute=config.run.recompute)
@@ -35,12 +48,49 @@ def resolve(config: Config, hardware_name: str | None = None) -> Config:
     return best.config
 
 
-def _hardware_of(device_kind: str) -> Hardware:
-    """The data sheet of the devices here, by their name."""
-    names = [name for name in known() if name.upper() in device_kind]
-    if not names:
-        raise ConfigError(
-            f"split.placement = 'auto' must know the devices: {device_kind} is none of "
-            f"{', '.join(known())}, and --hardware names no other"
+def _hardware_here() -> Hardware:
+    """The data sheet of the devices here, with as many a node and as much memory as there are."""
+    devices = jax.local_devices()
+    # Refused by all processes alike, or some would wait for the others below.
+    sheet = processes.on_each(lambda: _hardware_of(devices[0].device_kind))
+    megabytes = (devices[0].memory_stats() or {}).get("bytes_limit", 0) >> 20
+    host = zlib.crc32(socket.gethostname().encode()) >> 1
+    here = np.array([host, len(devices), megabytes], np.int32)
+    # A host may have a process for each device. All processes must choose the same split.
+    everyone = np.atleast_2d(multihost_utils.process_allgather(here))
+    hosts, devices_on, megabytes_on = everyone.T
+    return _as_found(sheet, _fewest_on_a_host(hosts, devices_on), int(megabytes_on.min()))
+
+
+def _fewest_on_a_host(hosts, devices_on) -> int:
+    """Devices of the host with fewest, from each process's host and number of devices."""
+    return min(int(devices_on[hosts == host].sum()) for host in set(hosts.tolist()))
+
+
+def _as_found(sheet: Hardware, devices_per_node: int, megabytes: int) -> Hardware:
+    """The data sheet with the hosts' devices; `megabytes` (MiB) are what JAX may use, 0 unknown."""
+    nics = sheet.nics_per_node * devices_per_node / sheet.devices_per_node
+    found = dataclasses.replace(
+        sheet, devices_per_node=devices_per_node, nics_per_node=max(1, round(nics))
+    )
+    if megabytes:
+        found = dataclasses.replace(
+            found, memory_gibibytes=megabytes / 1024, usable_memory_share=1.0
         )
-    return load(max(names, key=len))
+    return found
+
+
+def _hardware_of(device_kind: str) -> Hardware:
+    """The data sheet of a kind of device: whole SXM modules, with the memory of the sheet."""
+    words = re.split(r"[ -]", device_kind.upper())
+    sizes = [int(word[:-2]) for word in words if re.fullmatch(r"\d+GB", word)]
+    for name in known():
+        if name.upper() not in words or {"MIG", "PCIE", "NVL"} & set(words):
+            continue
+        sheet = load(name)
+        if all(abs(size / sheet.memory_gibibytes - 1) < SAME_MEMORY for size in sizes):
+            return sheet
+    raise ConfigError(
+        f"split.placement = 'auto' must know the devices: {device_kind} is none of "
+        f"{', '.join(known())}, whole and with NVLink, and --hardware names no other"
+    )

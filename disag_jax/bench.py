@@ -21,7 +21,7 @@ import rich.table
 from disag_jax.config import Config, ConfigError
 from disag_jax.geometry import enable_float64
 from disag_jax.planner.hardware import Hardware, load
-from disag_jax.planner.prediction import predict
+from disag_jax.planner.prediction import check_predictable, predict
 from disag_jax.timing import Figure
 
 # A figure has moved if it differs by more than this besides the noise: clocks vary that much.
@@ -121,13 +121,15 @@ def main(
         raise ConfigError(f"--hardware = {hardware!r} must stand with step, not {what}")
     planned_for = load(hardware) if hardware else None
     config.validate()
+    if planned_for is not None:
+        check_predictable(config)
     enable_float64(config)
     before = read(compare, what) if compare else None
     figures = measures[what](config)
     devices = jax.devices()
     title = f"{what} of {config.name}, {devices[0].device_kind}, jax {jax.__version__}"
     rich.console.Console(width=120).print(table(title, figures))
-    if planned_for:
+    if planned_for is not None:
         print(beside_prediction(config, planned_for, figures))
     if out:
         write(out, what, config, figures)

@@ -13,7 +13,7 @@ import jax
 
 from disag_jax.config import Config
 from disag_jax.errors import ConfigError
-from disag_jax.geometry import enable_float64, placement_of
+from disag_jax.geometry import placement_of
 from disag_jax.memory import in_words, needed_bytes
 from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.memory_model import missing_bytes, missing_in_words
@@ -48,7 +48,6 @@ class DryRun:
 def dry_run(config: Config, hardware: Hardware) -> DryRun:
     """Checks the schedule, compiles the pipeline and counts; the devices must be simulated."""
     config.validate()
-    enable_float64(config)
     prediction = predict(config, hardware)
     # Its schedule is checked by disag_jax/schedule_check.py as that of a run.
     stepper = Stepper(config, Meshes.make(placement_of(config), jax.devices()))

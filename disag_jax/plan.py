@@ -8,6 +8,7 @@ tokens per step; `--stages`, `--attention_workers` and so on hold parts of it fi
 """
 
 import dataclasses
+import math
 
 import rich.console
 import rich.table
@@ -19,7 +20,7 @@ from disag_jax.planner import pictures
 from disag_jax.planner import search as search_lib
 from disag_jax.planner.advice import Advice, advise
 from disag_jax.planner.hardware import Hardware, load
-from disag_jax.planner.prediction import Prediction, predict
+from disag_jax.planner.prediction import Prediction, WorkerTime, predict
 from disag_jax.planner.roofline import allocate, demand_of
 from disag_jax.planner.search import Fixed
 from disag_jax.planner.topology import per_device
@@ -54,10 +55,18 @@ def make_plan(
         raise ConfigError(
             f"num_devices = {num_devices} must be at least 2, one for attention and one for experts"
         )
-    if load_factor is not None and load_factor < 1:
+    length = config.batch.sequence_length
+    if fixed.tokens_per_worker is not None and (
+        fixed.tokens_per_worker < 1 or fixed.tokens_per_worker % length
+    ):
         raise ConfigError(
-            f"load_factor = {load_factor} must be at least 1, the busiest worker's rows over the "
-            "mean's"
+            f"tokens_per_worker = {fixed.tokens_per_worker} must be a positive multiple of "
+            f"batch.sequence_length = {length}"
+        )
+    if load_factor is not None and not 1 <= load_factor < math.inf:
+        raise ConfigError(
+            f"load_factor = {load_factor} must be finite and at least 1, the busiest worker's rows "
+            "over the fullest worker's expected ones"
         )
     found = {
         placement: search_lib.search(config, hardware, num_devices, placement, fixed, load_factor)
@@ -65,7 +74,7 @@ def make_plan(
     }
     ranked = sorted((one for one in found.values() if one), key=lambda one: one.seconds_per_token)
     if not ranked:
-        raise search_lib.refusal(config, hardware, num_devices, fixed)
+        raise search_lib.refusal(config, hardware, num_devices, fixed, load_factor)
     best = predict(ranked[0].config.validate(), hardware, load_factor)
     rows = [(f"pick, {best.config.split.placement}", best)]
     for label, near in search_lib.neighbours(best.config, num_devices):
@@ -74,7 +83,7 @@ def make_plan(
         rows.append(
             (f"best {other.config.split.placement}", predict(other.config, hardware, load_factor))
         )
-    return Plan(best, rows, advise(config, hardware, num_devices, found, load_factor))
+    return Plan(best, rows, advise(config, hardware, num_devices, found, fixed, load_factor))
 
 
 def table(plan: Plan) -> rich.table.Table:
@@ -85,14 +94,14 @@ def table(plan: Plan) -> rich.table.Table:
         f"({best.hardware.source})"
     )
     names = ("", "D x p x (M + N)", "hop", "K x T", "step, s", "tokens/s", "MFU", "exposed",
-             "idle A, F", "GiB A, F")  # fmt: skip
+             "mean idle A, F", "GiB A, F")  # fmt: skip
     for name in names:
         made.add_column(name, justify="right" if name else "left")
     for label, prediction in plan.rows:
         split, batch = prediction.config.split, prediction.config.batch
         second = f"/{split.expert_workers}" if split.colocated else f" + {split.expert_workers}"
         step = prediction.step_seconds
-        idle = {worker.name.split()[-1]: worker.idle / step for worker in prediction.workers}
+        idle = [shares["idle"][1] for shares in _shares_of_roles(prediction).values()]
         memory = " ".join(f"{m.total / 2**30:.0f}" for m in prediction.memory.values())
         made.add_row(
             label if prediction.fits else f"{label}: does not fit",
@@ -103,16 +112,36 @@ def table(plan: Plan) -> rich.table.Table:
             f"{prediction.tokens_per_second:,.0f}",
             f"{prediction.mfu:.1%}",
             f"{prediction.exposed_communication / step:.0%}",
-            " ".join(f"{max(0, share):.0%}" for share in idle.values()),
+            " ".join(f"{share:.0%}" for share in idle),
             memory,
         )
     return made
 
 
+def _shares_of_roles(prediction: Prediction) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Of each role's busy, exposed and idle shares of a step, (least, mean, most) of its stages."""
+    by_role: dict[str, list[WorkerTime]] = {}
+    for worker in prediction.workers:
+        by_role.setdefault(worker.name.split()[-1], []).append(worker)
+    found = {}
+    for role, workers in by_role.items():
+        found[role] = {}
+        for part in ("busy", "exposed", "idle"):
+            # Nothing is idle for less than no time but by rounding.
+            shares = [max(0.0, getattr(w, part) / prediction.step_seconds) for w in workers]
+            found[role][part] = min(shares), sum(shares) / len(shares), max(shares)
+    return found
+
+
+def _in_shares(least: float, mean: float, most: float) -> str:
+    apart = f" ({least:.0%} to {most:.0%})" if most - least >= 0.005 else ""
+    return f"{mean:.0%}{apart}"
+
+
 def report(plan: Plan) -> str:
     """What the table does not say: units, transfers, memory, assumptions, advice."""
     best = plan.best
-    units = ", ".join(f"{name} {1e3 * s:.2f}" for name, s in best.units.items())
+    units = ", ".join(f"{name} {1e3 * s:.2f}" for name, s in best.unit_seconds.items())
     moves = ", ".join(f"{name} {1e3 * s:.2f}" for name, s in best.transfers.items() if s)
     outside = ", ".join(f"{name} {1e3 * s:.0f}" for name, s in best.outside_loop.items())
     lines = [
@@ -122,6 +151,11 @@ def report(plan: Plan) -> str:
         f"{'moves, ms':<12}{moves or 'none'}",
         f"{'around, ms':<12}{outside}",
     ]
+    stages = best.config.split.stages
+    mean = f", mean of {stages} stages" if stages > 1 else ""
+    for role, shares in _shares_of_roles(best).items():
+        parts = ", ".join(f"{part} {_in_shares(*three)}" for part, three in shares.items())
+        lines.append(f"{role:<12}{parts} of a step{mean}")
     lines.append(f"{'roofline':<12}{_roofline(best)}")
     for kind, memory in best.memory.items():
         parts = ", ".join(
@@ -130,7 +164,7 @@ def report(plan: Plan) -> str:
         )
         lines.append(f"{'memory':<12}{kind} {bytes_in_words(memory.total)}: {parts}")
     lines += [
-        f"{'assumed':<12}busiest expert worker {best.load_factor:.3f} of the mean; "
+        f"{'assumed':<12}busiest expert worker {best.load_factor:.3f} of what the fullest expects; "
         f"{best.hardware.comment}",
         f"{'advice':<12}{plan.advice.sentence}",
     ]
@@ -175,7 +209,7 @@ def main(
     if timeline:
         pictures.write_timeline(plan.best, timeline)
     if plot:
-        pictures.write_page(plan.best, plot)
+        pictures.write_page(plan.best, plot, load_factor)
     return plan
 
 
@@ -188,7 +222,9 @@ if __name__ == "__main__":
     _HARDWARE = flags.DEFINE_string("hardware", None, "a name, or a file of disag_jax.profile")
     _NUM_DEVICES = flags.DEFINE_integer("num_devices", None, "devices to split")
     _LOAD_FACTOR = flags.DEFINE_float(
-        "load_factor", None, "busiest expert worker's rows over the mean's; default: even routing"
+        "load_factor",
+        None,
+        "busiest expert worker's rows over the fullest one's expected ones; default: even routing",
     )
     _FIXED = {
         name: flags.DEFINE_integer(name, None, f"keep {name} at this", lower_bound=1)

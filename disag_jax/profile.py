@@ -21,10 +21,10 @@ from disag_jax import bench_phases, bench_transfer
 from disag_jax.bench_units import measure_rates
 from disag_jax.config import Config, ConfigError, PlacementKind, SplitConfig
 from disag_jax.flops import peak_flops
-from disag_jax.geometry import enable_float64
 from disag_jax.planner.costs import unit_work
 from disag_jax.planner.fits import fit_link, fit_units, fit_update
 from disag_jax.planner.hardware import UNITS, Hardware, Link, Transfer
+from disag_jax.planner.prediction import check_predictable
 from disag_jax.planner.sizes import Sizes
 from disag_jax.state import StateManager
 from disag_jax.training import make_meshes
@@ -38,8 +38,12 @@ UPDATES = 4
 UPDATE_LAYERS = (1, 2)
 
 
-def profile(config: Config, name: str, say=print) -> tuple[Hardware, dict]:
-    """(hardware, the points that it was fitted to); `say` is told what is being measured."""
+def profile(config: Config, out: str, say=print) -> Hardware:
+    """Measures, and writes to `out` the hardware, and beside it the points it is fitted to.
+
+    RunError if no line goes through the points, which are then written alone. `say` is told what is
+    being measured.
+    """
     say("rates of a product and of a copy")
     rates, _ = measure_rates(config)
     shape = _one_stage(config)
@@ -63,8 +67,10 @@ def profile(config: Config, name: str, say=print) -> tuple[Hardware, dict]:
     devices = jax.devices()
     peak = peak_flops(config, devices[0].device_kind) or rates.flops
     limit = (devices[0].memory_stats() or {}).get("bytes_limit", _host_bytes())
+    # Minutes of measurement, kept also where the fits below fail.
+    _write(points_file(out), points)
     hardware = Hardware(
-        name=name,
+        name=pathlib.Path(out).stem,
         source="measured",
         comment=(
             f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}, "
@@ -90,7 +96,8 @@ def profile(config: Config, name: str, say=print) -> tuple[Hardware, dict]:
         slowdown_beside_transfers=slowdowns,
         update_milliseconds_per_gigaparameter=fit_update(points),
     )
-    return hardware, points
+    _write(pathlib.Path(out), dataclasses.asdict(hardware))
+    return hardware
 
 
 def variants(config: Config) -> list[tuple[str, Config]]:
@@ -167,14 +174,16 @@ def measure_updates(config: Config, meshes: Meshes) -> list[dict]:
     return points
 
 
-def write(path: str, hardware: Hardware, points: dict):
-    """Writes the hardware where `--hardware` reads it, and the measured points beside it."""
-    file = pathlib.Path(path)
+def points_file(out: str) -> pathlib.Path:
+    """Where the measured points of a profile are, beside the hardware that `--hardware` reads."""
+    return pathlib.Path(out).with_suffix(".points.json")
+
+
+def _write(file: pathlib.Path, record: dict):
     try:
-        file.write_text(json.dumps(dataclasses.asdict(hardware), indent=2) + "\n")
-        file.with_suffix(".points.json").write_text(json.dumps(points, indent=2) + "\n")
+        file.write_text(json.dumps(record, indent=2) + "\n")
     except OSError as error:
-        raise ConfigError(f"--out = {path!r} must be writable: {error.strerror}") from error
+        raise ConfigError(f"--out = {str(file)!r} must be writable: {error.strerror}") from error
 
 
 def summary(hardware: Hardware) -> str:
@@ -205,7 +214,7 @@ def summary(hardware: Hardware) -> str:
 def main(config: Config, out: str):
     """Measures, prints and writes."""
     config.validate()
-    enable_float64(config)
+    check_predictable(config)
     if not pathlib.Path(out).resolve().parent.is_dir():
         raise ConfigError(f"--out = {out!r} must be in a directory that exists")
     began = time.perf_counter()
@@ -213,9 +222,7 @@ def main(config: Config, out: str):
     def say(what: str):
         print(f"{time.perf_counter() - began:6.0f} s  {what}", flush=True)
 
-    hardware, points = profile(config, pathlib.Path(out).stem, say)
-    write(out, hardware, points)
-    print(summary(hardware))
+    print(summary(profile(config, out, say)))
 
 
 def _one_stage(config: Config) -> Config:

@@ -4,10 +4,11 @@ import copy
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from configs import qwen3_235b
-from disag_jax import auto_placement, dry_run
+from disag_jax import auto_placement, bench, dry_run
 from disag_jax.config import BatchConfig, ConfigError, Dtype, PlacementKind, SplitConfig
 from disag_jax.planner import hardware
 from disag_jax.schedule import schedule_of
@@ -75,6 +76,64 @@ def auto_config():
     config = make_config(SplitConfig())
     config.split.placement = PlacementKind.AUTO
     return config
+
+
+KINDS = {
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA H800": "h800",
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
+    "NVIDIA H100 PCIe": None,
+    "NVIDIA H100 NVL": None,
+    "NVIDIA A100-PCIE-40GB": None,
+    "NVIDIA A100-SXM4-40GB": None,
+    "NVIDIA A100 80GB PCIe": None,
+    "NVIDIA GH200 480GB": None,
+    "NVIDIA H20": None,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_knows_the_devices_that_its_data_sheets_are_of(kind):
+    if KINDS[kind]:
+        assert auto_placement._hardware_of(kind).name == KINDS[kind]
+        return
+    with pytest.raises(ConfigError, match=f"{kind} is none of a100, .* and --hardware names no"):
+        auto_placement._hardware_of(kind)
+
+
+def test_auto_plans_for_the_hosts_and_the_memory_that_are_there(monkeypatch):
+    class Device:
+        device_kind = "NVIDIA H100 80GB HBM3"
+
+        def memory_stats(self):
+            return {"bytes_limit": 60 * 2**30}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()] * 2)
+    found = auto_placement._hardware_here()
+    assert (found.devices_per_node, found.nics_per_node) == (2, 2)
+    assert found.usable_bytes == 60 * 2**30 and found.intra_node == H100.intra_node
+    unknown = auto_placement._as_found(H100, 4, 0)
+    assert unknown.usable_bytes == H100.usable_bytes and unknown.nics_per_node == 4
+    # Two hosts with a process for each of four devices, and one with a process for two.
+    hosts, counts = np.array([5] * 4 + [7] * 4 + [9]), np.array([1] * 8 + [2])
+    assert auto_placement._fewest_on_a_host(hosts[:8], counts[:8]) == 4
+    assert auto_placement._fewest_on_a_host(hosts, counts) == 2
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.FLOAT64])
+def test_only_bfloat16_is_predicted(dtype):
+    config = auto_config()
+    config.run.compute_dtype = dtype
+    message = f"run.compute_dtype = {dtype} must be bfloat16 for a prediction"
+    with pytest.raises(ConfigError, match=message):
+        auto_placement.resolve(config, "h100")
+    config.split.placement = PlacementKind.DISAGGREGATED
+    with pytest.raises(ConfigError, match=message):
+        dry_run.dry_run(config, H100)
+    with pytest.raises(ConfigError, match=message):
+        bench.main("step", config, None, None, "h100")
 
 
 def test_auto_is_refused_where_nothing_can_be_chosen():

@@ -3,9 +3,10 @@
 import copy
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs import balanced, qwen3_235b
@@ -15,6 +16,7 @@ from disag_jax.planner import hardware
 from disag_jax.planner.costs import Costs, unit_work
 from disag_jax.planner.sizes import TILE, Sizes
 from disag_jax.planner.topology import StageLinks
+from layers import head
 from mesh.m2n import forward_pairs
 from mesh.placement import Placement
 
@@ -43,9 +45,13 @@ def test_units_do_the_models_arithmetic(split):
     experts = workers if split.colocated else split.expert_workers
     done = experts * (work["expert_forward"].products - padding)
     assert done == pytest.approx(per_layer * flops.expert)
+    # Every share of the loss is filled up to whole chunks.
     shares = sizes.placement.workers // workers
+    share = -(-config.batch.tokens_per_worker // shares)
+    chunk = min(share, config.run.loss_chunk)
+    rows = workers * shares * -(-share // chunk) * chunk
     done = workers * shares * work["loss"].products
-    assert done == pytest.approx(tokens * flops.head, rel=1e-3)
+    assert done == pytest.approx(rows * flops.head) and rows < tokens + workers * shares * chunk
 
 
 @pytest.mark.parametrize(
@@ -106,6 +112,40 @@ def test_an_exchange_reaches_the_workers_of_its_group(group, near, far):
         assert links.all_to_all_seconds(slot) == pytest.approx(seconds, rel=0.01)
 
 
+@settings(max_examples=40)
+@given(st.integers(2, 36), st.sampled_from((1, 2, 3, 8)), st.integers(1, 2))
+@example(12, 8, 1)
+@example(18, 8, 1)
+@example(18, 8, 2)
+def test_the_worker_with_most_on_other_nodes_sets_the_exchange(group, per_node, copies):
+    placement = Placement(1, 2, copies * group, group, colocated=True)
+    cluster = dataclasses.replace(H800, devices_per_node=per_node, nics_per_node=per_node)
+    far = max(
+        sum(other // per_node != worker // per_node for other in members)
+        for members in placement.expert_groups()
+        for worker in members
+    )
+    *_, near_slots, far_slots = StageLinks.of(placement, cluster).all_to_all
+    assert (near_slots, far_slots) == (group - 1 - far, far)
+
+
+@pytest.mark.parametrize("tokens", [512, 1024, 16_384])
+def test_a_loss_share_is_filled_up_to_whole_chunks(tokens):
+    config = qwen3_235b.get_config()
+    config.split = SplitConfig(attention_workers=5, expert_workers=11)
+    config.batch.sequence_length = config.batch.tokens_per_worker = tokens
+    share = -(-tokens // 3)  # 16 workers, 3 for each of 5
+    hidden = jax.ShapeDtypeStruct((share, 4), np.float32)
+    labels = jax.ShapeDtypeStruct((share,), np.int32)
+    chunks = jax.eval_shape(
+        lambda h, label: head._chunks(h, label, config.run.loss_chunk), hidden, labels
+    )
+    rows = chunks[1].size
+    products = unit_work(Sizes.of(config))["loss"].products
+    assert products == 3 * 2 * rows * config.model.vocab_size * config.model.d_model
+    assert (rows > share) == (share > config.run.loss_chunk)
+
+
 def test_what_is_reduced_where():
     config = balanced.get_config()
     one = Costs(Sizes.of(config), H800)
@@ -136,6 +176,6 @@ def test_only_disaggregated_units_run_beside_transfers():
     for split, factor in zip(SPLITS, (1.1, 1.0), strict=True):
         config = qwen3_235b.get_config()
         config.split = split
-        units, base = (Costs(Sizes.of(config), h).units for h in (slower, H800))
+        units, base = (Costs(Sizes.of(config), h).unit_seconds for h in (slower, H800))
         assert units["expert_forward"] == pytest.approx(factor * base["expert_forward"])
         assert units["attention_forward"] == base["attention_forward"]

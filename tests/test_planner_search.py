@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from disag_jax import plan
 from disag_jax.config import PlacementKind, Recompute
 from disag_jax.errors import ConfigError
 from disag_jax.planner import hardware, search
-from disag_jax.planner.advice import advise
+from disag_jax.planner.advice import Advice, advise
 from disag_jax.planner.prediction import predict, step_seconds
 from disag_jax.planner.search import Fixed
 
@@ -153,7 +154,7 @@ def test_colocation_is_advised_for_shapes_too_lopsided_for_the_devices():
 def test_advice_names_a_change_that_does_turn_it_around():
     config = small(micro_batches=16, sequence_length=2048)
     found = {kind: search.search(config, H100, 4, kind) for kind in search.PLACEMENTS}
-    advice = advise(config, H100, 4, found, None)
+    advice = advise(config, H100, 4, found, Fixed(), None)
     assert advice.placement is PlacementKind.COLOCATED
     (factor,) = re.findall(r"intra-node links (\d) times slower", advice.sentence)
     slow = dataclasses.replace(H100, intra_node=H100.intra_node.scaled(1 / int(factor)))
@@ -161,8 +162,57 @@ def test_advice_names_a_change_that_does_turn_it_around():
         kind: search.search(config, slow, 4, kind).seconds_per_token for kind in search.PLACEMENTS
     }
     assert times[PlacementKind.DISAGGREGATED] < times[PlacementKind.COLOCATED]
-    only = advise(config, H100, 4, {**found, PlacementKind.COLOCATED: None}, None)
+    only = advise(config, H100, 4, {**found, PlacementKind.COLOCATED: None}, Fixed(), None)
     assert only.sentence == "disaggregate: the other placement fits on no split of these devices"
+
+
+def test_what_is_fixed_holds_in_the_advice_too(monkeypatch):
+    tried = []
+
+    def spy(config, device, num_devices, placement, fixed, load_factor):
+        found = search.search(config, device, num_devices, placement, fixed, load_factor)
+        tried.append(found and found.config)
+        return found
+
+    monkeypatch.setattr("disag_jax.planner.advice.search", spy)
+    config = small()
+    fixed = Fixed(tokens_per_worker=4096, expert_workers=2, hop=1)
+    made = plan.make_plan(config, H100, 4, fixed)
+    assert any(tried) and all(fixed.allows(one) for one in tried if one)
+    if not made.advice.changes:
+        assert f"stages and replicas and {fixed}, neither" in made.advice.sentence
+
+
+def test_a_placement_that_the_user_excludes_is_not_said_to_fit_nowhere():
+    made = plan.make_plan(small(), H100, 4, Fixed(hop=2))
+    assert made.advice.sentence == (
+        "disaggregate: the other placement fits on no split of these devices with hop = 2"
+    )
+
+
+def test_a_refusal_counts_the_memory_of_the_load_that_was_given():
+    config = search.with_recompute(small(), Recompute.FULL)
+    config.split.attention_workers = config.split.expert_workers = 2
+    fixed = Fixed(1, 1, 2, 2, 1, config.batch.tokens_per_worker, recompute=Recompute.FULL)
+    even, skewed = (
+        max(memory.total for memory in predict(config, H100, load).memory.values())
+        for load in (1.0, 2.0)
+    )
+    between = (even + skewed) / 2 / 2**30
+    device = dataclasses.replace(H100, memory_gibibytes=between, usable_memory_share=1.0)
+    plan.make_plan(config, device, 4, fixed, 1.0)
+    with pytest.raises(ConfigError, match=r"is .*expert worker .* over"):
+        plan.make_plan(config, device, 4, fixed, 2.0)
+
+
+def test_no_worker_has_more_than_everything():
+    config = small()
+    config.split.expert_workers = 4
+    most = predict(config, H100, 4.0)
+    assert predict(config, H100, 1000.0).step_seconds == most.step_seconds
+    assert step_seconds(config, H100, 1000.0) == most.step_seconds and most.load_factor == 4
+    plans = [plan.make_plan(config, H100, 4, load_factor=load).best for load in (4.0, 1000.0)]
+    assert plans[0].step_seconds == plans[1].step_seconds
 
 
 @pytest.mark.parametrize(
@@ -174,7 +224,11 @@ def test_advice_names_a_change_that_does_turn_it_around():
         (dict(num_devices=8, fixed=Fixed(stages=3)),
          r"num_devices = 8 must divide into replicas x stages x workers .* with stages = 3"),
         (dict(num_devices=8, fixed=Fixed(stages=2, replicas=3)), r"with replicas = 3, stages = 2"),
-        (dict(num_devices=8, load_factor=0.5), r"load_factor = 0.5 must be at least 1"),
+        *[(dict(num_devices=8, load_factor=bad), rf"load_factor = {bad} must be finite and at l")
+          for bad in (0.5, math.nan, math.inf)],
+        *[(dict(num_devices=8, fixed=Fixed(tokens_per_worker=bad)),
+           rf"tokens_per_worker = {bad} must be a positive multiple of batch.sequence_length = 10")
+          for bad in (1000, 1536, 0)],
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(change, message):
@@ -198,6 +252,33 @@ def test_the_command_prints_a_plan_and_refuses_in_one_sentence():
     assert bad.returncode == 2 and bad.stdout == ""
     assert bad.stderr.startswith("error: hardware = 'b300' must be one of a100, h100")
     assert bad.stderr.count("\n") == 1
+    short = subprocess.run(
+        [*command, "--hardware=h100", "--num_devices=4", "--tokens_per_worker=1000"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert short.returncode == 2 and short.stdout == ""
+    assert short.stderr.startswith("error: tokens_per_worker = 1000 must be a positive multiple")
+
+
+def test_idle_time_is_the_mean_of_all_stages():
+    config = small(num_layers=5)  # of two stages one has three layers
+    config.split.stages = 2
+    best = predict(config.validate(), H100)
+    advice = Advice(PlacementKind.DISAGGREGATED, None, [], Fixed())
+    made = plan.Plan(best, [("pick", best)], advice)
+    by_role = {
+        role: [w for w in best.workers if w.name.endswith(role)] for role in ("attention", "expert")
+    }
+    step, means = best.step_seconds, []
+    for role, workers in by_role.items():
+        idle, busy = ([getattr(w, part) / step for w in workers] for part in ("idle", "busy"))
+        assert len(idle) == 2 and idle[0] < idle[1]
+        means.append(f"{sum(idle) / 2:.0%}")
+        (line,) = [one for one in plan.report(made).split("\n") if one.startswith(f"{role} ")]
+        assert f"busy {sum(busy) / 2:.0%} ({min(busy):.0%} to {max(busy):.0%}), exposed " in line
+        assert f"idle {means[-1]} ({idle[0]:.0%} to {idle[1]:.0%}) of a step, mean of 2" in line
+    (column,) = [c for c in plan.table(made).columns if c.header == "mean idle A, F"]
+    assert list(column.cells) == [" ".join(means)]
 
 
 def test_a_plan_does_not_change_its_config():

@@ -3,18 +3,16 @@
 import dataclasses
 import itertools
 
-import jax
 import pytest
 
 from disag_jax.config import Dtype, Overlap, PlacementKind, Recompute, SplitConfig
 from disag_jax.dispatch import cotangent_template, message_template
 from disag_jax.errors import ConfigError
 from disag_jax.geometry import buckets, make_geometry
-from disag_jax.model import init_vocabulary
 from disag_jax.phases import Layouts
 from disag_jax.planner.prediction import predict
 from disag_jax.planner.search import candidates
-from disag_jax.planner.sizes import TILE, Sizes, total_parameters
+from disag_jax.planner.sizes import TILE, Sizes
 from disag_jax.stash import StashPool
 from disag_jax.units import AttentionUnit, ExpertUnit
 from mesh.roles import Role
@@ -33,7 +31,7 @@ SPLITS = {
 def test_what_overlaps_is_not_predicted_and_a_search_has_none_of_it():
     split = dataclasses.replace(SPLITS["twin"], overlap=Overlap.CHUNKED, backward_chunks=2)
     config = support.small_config(split, num_experts=6)
-    with pytest.raises(ConfigError, match=r"split.overlap = chunked must be none to be predicted"):
+    with pytest.raises(ConfigError, match=r"split.overlap = chunked must be none for a prediction"):
         predict(config, None)
     for placement in PlacementKind:
         found = list(candidates(config, 4, placement))
@@ -78,14 +76,14 @@ def test_the_smallest_bucket_that_holds_the_load_is_taken():
     ]  # fmt: skip
 
 
-def test_total_parameters_are_those_of_a_model():
-    config = support.small_config(SPLITS["even"], num_shared_experts=1)
-    model = config.model
-    one = dataclasses.replace(config, split=SplitConfig())
-    layouts = Layouts.of(make_geometry(one))
-    layer = sum(layouts[role].num_columns for role in Role)
-    vocabulary = jax.eval_shape(
-        lambda: init_vocabulary(model, "float32", jax.random.key(0), model.vocab_size)
+def test_a_bucket_holds_the_tiles_that_are_not_full_too():
+    config = support.small_config(
+        SplitConfig(attention_workers=1, expert_workers=2), num_experts=8, top_k=4
     )
-    rest = sum(leaf.size for leaf in jax.tree.leaves(vocabulary))
-    assert total_parameters(model) == model.num_layers * layer + rest
+    config.batch = dataclasses.replace(config.batch, tokens_per_worker=4096)
+    options = buckets(config, TILE)
+    pairs = 4096 * 4 / 2  # 4 experts each
+    # The pairs alone would fit, and so would the rows of a slot, which nearly all tokens need.
+    assert options[0].rows == 4096 and 1.28 * pairs <= options[0].sorted_rows
+    assert 1.28 * pairs + 4 * TILE / 2 > options[0].sorted_rows
+    assert Sizes.of(config, 1.28).bucket == options[1]

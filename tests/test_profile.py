@@ -8,8 +8,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from disag_jax import bench_transfer, profile, timing
+from disag_jax import bench_phases, bench_transfer, profile, timing
+from disag_jax.bench_units import Rates
 from disag_jax.config import BatchConfig, ConfigError, Dtype, SplitConfig
+from disag_jax.errors import RunError
+from disag_jax.geometry import buckets
 from disag_jax.planner import hardware
 from disag_jax.planner.costs import Work
 from disag_jax.planner.fits import fit_link, fit_transfer, fit_unit, fit_units, fit_update
@@ -25,7 +28,7 @@ def test_a_profile_is_measured_written_and_read_back(tmp_path, capsys, monkeypat
     monkeypatch.setattr(profile, "variants", lambda config: all_variants(config)[:1])
     monkeypatch.setattr(profile, "UPDATE_LAYERS", (1,))
     config = support.small_config(SplitConfig(), top_k=4, num_shared_experts=1)
-    config.run.compute_dtype = Dtype.FLOAT32
+    config.run.compute_dtype = Dtype.BFLOAT16
     config.batch = BatchConfig(sequence_length=16, tokens_per_worker=32, micro_batches=2)
     out = str(tmp_path / "here.json")
     profile.main(config, out)
@@ -73,13 +76,41 @@ def test_variants_are_valid_and_vary_what_units_depend_on():
         assert len(values) > 1
 
 
+def bfloat16(config):
+    config.run.compute_dtype = Dtype.BFLOAT16
+    return config
+
+
 def test_an_odd_number_of_devices_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(profile.jax, "devices", lambda: [None] * 3)
     config = support.small_config(SplitConfig())
     with pytest.raises(ConfigError, match="devices = 3 must be an even number"):
         profile._one_stage(config)
     with pytest.raises(ConfigError, match=r"--out = .* must be in a directory that exists"):
-        profile.main(config, str(tmp_path / "none" / "x.json"))
+        profile.main(bfloat16(config), str(tmp_path / "none" / "x.json"))
+    with pytest.raises(ConfigError, match=r"compute_dtype = float64 must be bfloat16 for a pre"):
+        profile.main(support.small_config(SplitConfig()), str(tmp_path / "x.json"))
+
+
+def test_a_link_that_no_line_fits_ends_a_profile_but_keeps_its_points(monkeypatch, tmp_path):
+    faster = [{"rounds": 1, "num_bytes": size, "milliseconds": 1e5 / size} for size in (1e5, 1e8)]
+    config = bfloat16(support.small_config(SplitConfig()))
+    times = bench_phases.PhaseTimes(
+        buckets(config)[0], 8, {unit: timing.Figure(unit, 1.0, 0.0) for unit in hardware.UNITS}
+    )
+    monkeypatch.setattr(profile, "measure_rates", lambda _: (Rates(1e12, 1e12), []))
+    monkeypatch.setattr(bench_phases, "measure", lambda *_: times)
+    monkeypatch.setattr(bench_phases, "measure_slowdowns", lambda *_: {})
+    kinds = ("many_to_many", "all_to_all", "all_reduce")
+    monkeypatch.setattr(profile, "measure_transfers", lambda _: dict.fromkeys(kinds, faster))
+    update = [{"parameters": 1e6, "milliseconds": 1}]
+    monkeypatch.setattr(profile, "measure_updates", lambda *_: update)
+    out = tmp_path / "noisy.json"
+    with pytest.raises(RunError, match="the largest transfer took no longer than the smallest"):
+        profile.main(config, str(out))
+    points = json.loads((tmp_path / "noisy.points.json").read_text())
+    assert points["all_reduce"] == faster and points["update"] == update
+    assert not out.exists()
 
 
 def test_fits_find_the_coefficients_that_made_the_times():

@@ -20,23 +20,28 @@ class Advice:
       placement: the faster one.
       advantage: speed over the other placement's best; None where the other fits nowhere.
       changes: the least change of each kind tried that makes the other one faster, in words.
+      fixed: what held for every split that was tried.
       sentence: all of it.
     """
 
     placement: PlacementKind
     advantage: float | None
     changes: list[str]
+    fixed: Fixed
 
     @property
     def sentence(self) -> str:
         verb = "co-locate" if self.placement is PlacementKind.COLOCATED else "disaggregate"
         if self.advantage is None:
-            return f"{verb}: the other placement fits on no split of these devices"
+            wanted = f" with {self.fixed}" if str(self.fixed) else ""
+            return f"{verb}: the other placement fits on no split of these devices{wanted}"
         text = f"{verb}: {self.advantage:.2f} times as fast as the other placement's best split"
         if self.changes:
             return f"{text}; that would turn around with {' or '.join(self.changes)}"
+        also = f" and {self.fixed}" if str(self.fixed) else ""
         return (
-            f"{text}; with the other's stages and replicas, neither sequences up to {LENGTHS[-1]} "
+            f"{text}; with the other's stages and replicas{also}, neither sequences up to "
+            f"{LENGTHS[-1]} "
             f"times as long or short nor links up to {RATES[-1]} times as fast or slow would turn "
             "that around"
         )
@@ -47,27 +52,29 @@ def advise(
     hardware: Hardware,
     num_devices: int,
     found: dict[PlacementKind, Found | None],
+    fixed: Fixed,
     load_factor: float | None,
 ) -> Advice:
     """Compares the best of both placements, and tries what would reverse the order.
 
     The slower placement is tried with as many stages and replicas as its best has now, the faster
-    one with any: a change that is named does turn the order around.
+    one with any that `fixed` allows: a change that is named does turn the order around.
     """
     ranked = sorted((one for one in found.values() if one), key=lambda one: one.seconds_per_token)
     first = ranked[0].config.split.placement
     if len(ranked) == 1:
-        return Advice(first, None, [])
+        return Advice(first, None, [], fixed)
     advantage = ranked[1].seconds_per_token / ranked[0].seconds_per_token
 
     first_found, second_found = ranked
 
     def seconds(found: Found, changed_config, changed_hardware, *, free: bool) -> float:
         split = found.config.split
-        fixed = None if free else Fixed(replicas=split.replicas, stages=split.stages)
+        held = {} if free else {"replicas": split.replicas, "stages": split.stages}
         best = search(
-            changed_config, changed_hardware, num_devices, split.placement, fixed, load_factor
-        )
+            changed_config, changed_hardware, num_devices, split.placement,
+            dataclasses.replace(fixed, **held), load_factor,
+        )  # fmt: skip
         return best.seconds_per_token if best else math.inf
 
     def outcome(*changed) -> str | None:
@@ -88,7 +95,7 @@ def advise(
             if reason is not None:
                 changes.append(words + reason)
                 break
-    return Advice(first, advantage, changes)
+    return Advice(first, advantage, changes, fixed)
 
 
 def _attempts(config: Config, hardware: Hardware, num_devices: int):

@@ -12,7 +12,7 @@ from disag_jax.config import Config, Recompute
 from disag_jax.flops import FORWARD_AND_BACKWARD, attention_layer
 from disag_jax.planner.hardware import Hardware, Link
 from disag_jax.planner.roofline import expected_copies
-from disag_jax.planner.sizes import TILE, Sizes, expert_parameters
+from disag_jax.planner.sizes import Sizes, expert_parameters, half_full_tiles
 from disag_jax.planner.topology import StageLinks
 from mesh.roles import Role
 
@@ -69,9 +69,7 @@ def unit_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
     attention_kept = sum(sizes.attention_kept_bytes)
 
     pairs = sizes.pairs if pairs is None else pairs
-    # The last tile of an expert is half full on average.
-    groups = sizes.experts_held + model.num_shared_experts
-    padded = min(pairs + groups * TILE / 2, max(sizes.bucket.sorted_rows, pairs))
+    padded = min(pairs + half_full_tiles(config), max(sizes.bucket.sorted_rows, pairs))
     expert_products = 2 * padded * expert_parameters(model)
     rows = sizes.rows * width * item
     sorted_hidden = sizes.bucket.sorted_rows * width * item
@@ -116,12 +114,15 @@ def _loss_work(sizes: Sizes) -> Work:
     config, model = sizes.config, sizes.config.model
     tokens = loss_share(sizes)
     head = model.vocab_size * model.d_model
-    chunks = -(-tokens // config.run.loss_chunk)
+    # The last chunk is filled up, and all its rows are computed (layers/head.py).
+    chunk = min(tokens, config.run.loss_chunk)
+    chunks = -(-tokens // chunk)
+    rows = chunks * chunk
     # Logits are written, read for the maximum and the sum, and for their gradient, which is
     # written and read by two products.
-    logits = tokens * model.vocab_size * (3 * sizes.wide_bytes + 3 * sizes.item_bytes)
+    logits = rows * model.vocab_size * (3 * sizes.wide_bytes + 3 * sizes.item_bytes)
     sums = chunks * head * (2 * sizes.item_bytes + 2 * sizes.wide_bytes)
-    return Work(FORWARD_AND_BACKWARD * 2 * tokens * head, 0, logits + sums)
+    return Work(FORWARD_AND_BACKWARD * 2 * rows * head, 0, logits + sums)
 
 
 def loss_share(sizes: Sizes) -> int:
@@ -153,7 +154,7 @@ class Costs:
         return StageLinks.of(self.sizes.placement, self.hardware)
 
     @functools.cached_property
-    def units(self) -> dict[str, float]:
+    def unit_seconds(self) -> dict[str, float]:
         """Seconds of each unit and of the loss share, by `hardware.UNITS`."""
         slowdown = {} if self.config.split.colocated else self.hardware.slowdown_beside_transfers
         return {

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from scipy.optimize import lsq_linear
 
+from disag_jax.errors import RunError
 from disag_jax.planner.costs import Work
 from disag_jax.planner.hardware import UNITS, Link, Transfer, UnitFit
 
@@ -58,7 +59,7 @@ def fit_transfer(points: list[tuple[int, float, float]]) -> Transfer:
         (0, 0),
     )
     if per_gigabyte < 1e-9:
-        raise ValueError("the largest transfer took no longer than the smallest")
+        raise RunError("the largest transfer took no longer than the smallest: measure again")
     return Transfer(1 / per_gigabyte, 1e6 * latency, r_squared=r_squared)
 
 

@@ -229,9 +229,11 @@ def _value(kind, value, where: str, name: str):
     if kind is str:
         if not isinstance(value, str):
             _fail(where, name, value, "a string")
+        if name == "name" and not value.strip():
+            _fail(where, name, value, "not empty")
         return value
     kinds = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, kinds) or not _is_finite(value):
         _fail(where, name, value, "an int" if kind is int else "a finite number")
     if name in _MAY_BE_ZERO:
         if value < 0:
@@ -254,8 +256,19 @@ _MAY_BE_ZERO = (
 )  # fmt: skip
 
 
+def _is_finite(value: int | float) -> bool:
+    """Whether it is a number that a float holds; JSON's integers have any number of digits."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _fail(where: str, name: str, value, rule: str):
-    raise ConfigError(f"{where}: {name} = {value!r} must be {rule}")
+    # The largest integers are not even printed whole.
+    is_huge = isinstance(value, int) and value.bit_length() > 1024
+    shown = f"an integer of {value.bit_length()} bits" if is_huge else repr(value)
+    raise ConfigError(f"{where}: {name} = {shown} must be {rule}")
 
 
 def _refuse_constant(name: str):

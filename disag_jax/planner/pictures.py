@@ -97,8 +97,11 @@ def write_timeline(prediction: Prediction, path: str):
     _write(path, lambda file: file.write_text(json.dumps({"traceEvents": events})), "timeline")
 
 
-def write_page(prediction: Prediction, path: str):
-    """Draws timeline, roofline, and step time against the ratio of the roles; PNG or PDF."""
+def write_page(prediction: Prediction, path: str, load_factor: float | None = None):
+    """Draws timeline, roofline, and step time against the ratio of the roles; PNG or PDF.
+
+    load_factor: as `predict` takes it, for the other ratios.
+    """
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
              "legend.frameon": False, "font.size": 9}  # fmt: skip
     with matplotlib.rc_context(style):
@@ -112,14 +115,18 @@ def write_page(prediction: Prediction, path: str):
         )  # fmt: skip
         _draw_timeline(figure.add_subplot(grid[0, :]), prediction)
         _draw_roofline(figure.add_subplot(grid[1, 0]), prediction)
-        _draw_ratios(figure.add_subplot(grid[1, 1]), prediction)
+        _draw_ratios(figure.add_subplot(grid[1, 1]), prediction, load_factor)
         _write(path, lambda file: figure.savefig(file, dpi=140), "plot")
 
 
 def check_writable(path: str, flag: str):
-    """ConfigError unless a file can be in this directory; nothing is written."""
-    if not pathlib.Path(path).resolve().parent.is_dir():
-        raise ConfigError(f"--{flag} = {path!r} must be in a directory that exists")
+    """ConfigError unless a file of this name can be drawn and be there; nothing is written."""
+    file = pathlib.Path(path).resolve()
+    if not file.parent.is_dir() or file.is_dir():
+        raise ConfigError(f"--{flag} = {path!r} must be in a directory that exists, and be none")
+    kinds = sorted(Figure().canvas.get_supported_filetypes())
+    if flag == "plot" and file.suffix.lower().removeprefix(".") not in kinds:
+        raise ConfigError(f"--plot = {path!r} must end in one of {', '.join(kinds)}")
 
 
 def _whole_run(prediction: Prediction) -> Run:
@@ -186,8 +193,8 @@ def _draw_roofline(axes, prediction: Prediction):
     axes.legend(loc="lower right")
 
 
-def _draw_ratios(axes, prediction: Prediction):
-    """Time per token of every division of a stage into attention and experts."""
+def _draw_ratios(axes, prediction: Prediction, load_factor: float | None):
+    """Time per token of every division of a stage into attention and experts that fits."""
     config, split = prediction.config, prediction.config.split
     fixed = Fixed(
         replicas=split.replicas, stages=split.stages,
@@ -196,7 +203,9 @@ def _draw_ratios(axes, prediction: Prediction):
     by_hop: dict[int, list[tuple[float, float]]] = {}
     kind = PlacementKind.DISAGGREGATED
     for one in candidates(config, split.num_devices, kind, fixed):
-        found = predict(one, prediction.hardware)
+        found = predict(one, prediction.hardware, load_factor)
+        if not found.fits:
+            continue
         workers = one.split.attention_workers + one.split.expert_workers
         share = one.split.attention_workers / workers
         by_hop.setdefault(one.split.hop, []).append((share, 1e6 / found.tokens_per_second))

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from disag_jax.config import Config, Overlap
+from disag_jax.config import Config, Dtype, Overlap
 from disag_jax.errors import ConfigError
 from disag_jax.flops import flops_per_device
 from disag_jax.geometry import expected_load, placement_of
@@ -39,11 +39,11 @@ class Prediction:
 
     Attributes:
       config, hardware: of what, on what.
-      load_factor: busiest expert worker's rows over the mean's, assumed.
+      load_factor: busiest expert worker's rows over the fullest one's expected, assumed.
       step_seconds: whole optimizer step.
       outside_loop: of it, seconds outside the schedule's periods, by name.
       exposed_communication: of it, seconds that transfers free of charge would save.
-      units: seconds of each unit, by name.
+      unit_seconds: of each unit, by name.
       transfers: seconds of each transfer, by name.
       workers: where the time goes, by class of workers.
       memory: bytes, by kind of worker.
@@ -56,7 +56,7 @@ class Prediction:
     step_seconds: float
     outside_loop: dict[str, float]
     exposed_communication: float
-    units: dict[str, float]
+    unit_seconds: dict[str, float]
     transfers: dict[str, float]
     workers: list[WorkerTime]
     memory: dict[str, Memory]
@@ -80,18 +80,29 @@ class Prediction:
         return not missing_bytes(self.memory, self.hardware)
 
 
+def check_predictable(config: Config):
+    """ConfigError unless a model of the config's time exists.
+
+    All rates are those of bfloat16, and an overlapped all-to-all has no model yet.
+    """
+    dtype, overlap = config.run.compute_dtype, config.split.overlap
+    if dtype is not Dtype.BFLOAT16:
+        raise ConfigError(f"run.compute_dtype = {dtype} must be bfloat16 for a prediction")
+    if overlap is not Overlap.NONE:
+        raise ConfigError(f"split.overlap = {overlap} must be none for a prediction")
+
+
 def predict(config: Config, hardware: Hardware, load_factor: float | None = None) -> Prediction:
     """The step of a config, simulated.
 
-    ConfigError if the hardware has no link that it needs, or if it overlaps its all-to-all, which
-    no model of its time covers yet.
+    ConfigError if the hardware has no link that it needs, or the config's type no rates.
 
-    load_factor: rows of the busiest expert worker over the mean's; None expects it of tokens that
-      choose their experts independently and evenly.
+    load_factor: rows of the busiest expert worker over those that the fullest one, with most
+      experts, is expected to have; None is what to expect of tokens that choose their experts
+      independently and evenly.
     """
-    if config.split.overlap is not Overlap.NONE:
-        raise ConfigError(f"split.overlap = {config.split.overlap} must be none to be predicted")
-    load = expected_load_factor(config) if load_factor is None else load_factor
+    check_predictable(config)
+    load = assumed_load_factor(config, load_factor)
     sizes = Sizes.of(config, load)
     costs = Costs(sizes, hardware)
     run = simulate_step(costs)
@@ -106,7 +117,7 @@ def predict(config: Config, hardware: Hardware, load_factor: float | None = None
         step_seconds=step,
         outside_loop=outside,
         exposed_communication=exposed,
-        units=costs.units,
+        unit_seconds=costs.unit_seconds,
         transfers=_transfers(costs),
         workers=_worker_times(costs, step, exposed),
         memory=predict_memory(sizes),
@@ -116,8 +127,7 @@ def predict(config: Config, hardware: Hardware, load_factor: float | None = None
 
 def step_seconds(config: Config, hardware: Hardware, load_factor: float | None = None) -> float:
     """`Prediction.step_seconds` alone, for searches."""
-    load = expected_load_factor(config) if load_factor is None else load_factor
-    costs = Costs(Sizes.of(config, load), hardware)
+    costs = Costs(Sizes.of(config, assumed_load_factor(config, load_factor)), hardware)
     return total_seconds(costs, simulate_step(costs))
 
 
@@ -136,8 +146,15 @@ def least_seconds(costs: Costs) -> float:
     return loop + sum(costs.outside_loop.values())
 
 
+def assumed_load_factor(config: Config, load_factor: float | None) -> float:
+    """The factor given, at most one that puts all on one worker; None is what is expected."""
+    if load_factor is None:
+        return expected_load_factor(config)
+    return min(load_factor, config.split.expert_workers)
+
+
 def expected_load_factor(config: Config) -> float:
-    """Rows of the busiest expert worker over the mean's, for tokens that choose independently.
+    """Rows of the busiest expert worker over the fullest one's expected, for independent tokens.
 
     The expected maximum of N about normal counts is at most mean + deviation * sqrt(2 ln N); the
     deviation of a binomial count is at most the root of its mean. Real routers are less even.
@@ -162,7 +179,7 @@ def simulate_step(costs: Costs, *, free_transfers: bool = False) -> Run:
 
 def timing_of(costs: Costs, *, free_transfers: bool = False) -> Timing:
     """What the simulator needs, by class of workers."""
-    placement, units = placement_of(costs.config), costs.units
+    placement, units = placement_of(costs.config), costs.unit_seconds
     share = 0.0 if free_transfers else 1.0
     attention, expert = (
         np.array([units[f"{role}_forward"], units[f"{role}_backward"]])
@@ -204,7 +221,7 @@ def _transfers(costs: Costs) -> dict[str, float]:
 
 
 def _worker_times(costs: Costs, step: float, exposed: float) -> list[WorkerTime]:
-    config, split, units = costs.config, costs.config.split, costs.units
+    config, split, units = costs.config, costs.config.split, costs.unit_seconds
     layer = {
         role: units[f"{role}_forward"] + units[f"{role}_backward"]
         for role in ("attention", "expert")

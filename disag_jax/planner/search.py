@@ -14,7 +14,8 @@ from disag_jax.planner.costs import Costs
 from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.memory_model import missing_bytes, missing_in_words, predict_memory
 from disag_jax.planner.prediction import (
-    expected_load_factor,
+    assumed_load_factor,
+    check_predictable,
     least_seconds,
     simulate_step,
     total_seconds,
@@ -134,6 +135,7 @@ def search(
     load_factor: float | None = None,
 ) -> Found | None:
     """The split with the least time per token, or None where none fits the memory."""
+    check_predictable(config)
     fixed = fixed or Fixed()
     fitting = _fitting(config, hardware, num_devices, placement, fixed, load_factor)
     bounded = [
@@ -178,7 +180,7 @@ def _fitting(
 ) -> Iterator[Costs]:
     """The candidates that fit the memory, each recomputing as little as lets it fit."""
     for candidate in candidates(config, num_devices, placement, fixed):
-        load = expected_load_factor(candidate) if load_factor is None else load_factor
+        load = assumed_load_factor(candidate, load_factor)
         for recompute in [fixed.recompute] if fixed.recompute else LEAST_RECOMPUTE_FIRST:
             sizes = Sizes.of(with_recompute(candidate, recompute), load)
             if not missing_bytes(predict_memory(sizes), hardware):
@@ -232,7 +234,11 @@ def split_key(config: Config) -> tuple[int, int, int, int]:
 
 
 def refusal(
-    config: Config, hardware: Hardware, num_devices: int, fixed: Fixed | None = None
+    config: Config,
+    hardware: Hardware,
+    num_devices: int,
+    fixed: Fixed | None = None,
+    load_factor: float | None = None,
 ) -> ConfigError:
     """Why no split can be had: what is over, by how much, where it is over least."""
     fixed = fixed or Fixed()
@@ -241,7 +247,8 @@ def refusal(
     for placement in PLACEMENTS:
         for candidate in candidates(config, num_devices, placement, fixed):
             candidate = with_recompute(candidate, fixed.recompute or Recompute.FULL)
-            missing = missing_bytes(predict_memory(Sizes.of(candidate)), hardware)
+            sizes = Sizes.of(candidate, assumed_load_factor(candidate, load_factor))
+            missing = missing_bytes(predict_memory(sizes), hardware)
             if least is None or sum(missing.values()) < sum(least.values()):
                 least, where = missing, candidate
     if least is None:
@@ -298,7 +305,7 @@ def _batches(config: Config, attention_workers: int, fixed: Fixed):
         sizes.add(tokens)
         tokens *= 2
     sizes.add(fixed.tokens_per_worker or config.batch.tokens_per_worker)
-    for tokens in sorted(sizes):
+    for tokens in sorted(size for size in sizes if size % length == 0):
         count = round(wanted / (attention_workers * tokens))
         made = count * attention_workers * tokens
         if count and abs(made - wanted) <= TOKEN_TOLERANCE * wanted:

@@ -82,7 +82,7 @@ def layer_of(config: Config, hardware: Hardware, load_factor: float = 1.0) -> La
     assert config.split.colocated
     sizes = Sizes.of(config, load_factor)
     costs = Costs(sizes, hardware)
-    model, units = config.model, costs.units
+    model, units = config.model, costs.unit_seconds
     sent = config.batch.tokens_per_worker * model.top_k * model.d_model * sizes.item_bytes
     slot = load_factor * sent / config.split.expert_workers
     return Layer(
@@ -111,7 +111,7 @@ def shared_step_seconds(
     layer = layer_of(config, hardware, load_factor)
     costs = Costs(Sizes.of(config, load_factor), hardware)
     split, rows = config.split, config.layers_per_stage
-    loss = costs.units["loss"] + costs.loss_transfer
+    loss = costs.unit_seconds["loss"] + costs.loss_transfer
     if overlap is Overlap.TWO_MICRO_BATCHES:
         pair, weights = layer.pair(quality), layer.attention_forward + layer.expert_forward
         backward = layer.backward(Overlap.BLOCKING)

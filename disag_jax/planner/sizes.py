@@ -22,7 +22,8 @@ class Sizes:
     """Static sizes of one config in one transport bucket.
 
     Attributes:
-      load_factor: rows of the busiest expert worker over the mean's.
+      load_factor: rows of the busiest expert worker over those that the fullest one, with most
+        experts, is expected to have (`geometry.expected_load`).
     """
 
     config: Config
@@ -35,8 +36,9 @@ class Sizes:
         rows, pairs = expected_load(config)
         options = buckets(config, TILE)
         needed = min(config.batch.tokens_per_worker, load_factor * rows)
+        needed_sorted = load_factor * pairs + half_full_tiles(config)
         for bucket in options:
-            if bucket.rows >= needed and bucket.sorted_rows >= load_factor * pairs:
+            if bucket.rows >= needed and bucket.sorted_rows >= needed_sorted:
                 return cls(config, bucket, load_factor)
         return cls(config, options[-1], load_factor)
 
@@ -173,6 +175,12 @@ class Sizes:
         return [self.bucket.sorted_rows * self.config.model.expert_width * self.item_bytes] * 2
 
 
+def half_full_tiles(config: Config) -> float:
+    """Rows without a pair among an expert worker's sorted ones: half of each expert's last tile."""
+    held = ExpertPlaces(config.model.num_experts, config.split.expert_workers).per_worker
+    return (held + config.model.num_shared_experts) * TILE / 2
+
+
 def attention_parameters(model: ModelConfig) -> int:
     """Of one layer: projections, router and both norms."""
     heads = model.num_heads + model.num_kv_heads
@@ -183,10 +191,3 @@ def attention_parameters(model: ModelConfig) -> int:
 def expert_parameters(model: ModelConfig) -> int:
     """Of one expert: gate, up and down."""
     return 3 * model.d_model * model.expert_width
-
-
-def total_parameters(model: ModelConfig) -> int:
-    """Of the whole model."""
-    experts = model.num_experts + model.num_shared_experts
-    layer = attention_parameters(model) + experts * expert_parameters(model)
-    return model.num_layers * layer + 2 * model.vocab_size * model.d_model + model.d_model

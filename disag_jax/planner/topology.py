@@ -47,7 +47,8 @@ class StageLinks:
         near_stage = (stages[:, 0] == stages[:, -1]).all()
         group = min(placement.expert_workers, size)
         groups = stages[:, : size // group * group].reshape(-1, group)
-        same = int((groups == groups[:, :1]).sum(axis=1).min())
+        # Of each worker, those of its group that are on its node, itself included.
+        same = int((groups[:, :, None] == groups[:, None, :]).sum(axis=2).min())
         return cls(
             pipeline=near if near_ring else far,
             stage=near if near_stage else far,
