@@ -20,7 +20,7 @@ def config(request, tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"line {n}, {n * n}\n" for n in range(800)))
     config = support.small_config(SPLITS[request.param], 2, vocab_size=256, num_shared_experts=1)
     config.data.paths = (str(tmp_path / "text.txt"),)
-    config.run.compute_dtype = Dtype.FLOAT32
+    config.run.compute_dtype = Dtype.BFLOAT16
     return config
 
 
