@@ -31,6 +31,7 @@ SPLITS = {
 def test_what_overlaps_is_not_predicted_and_a_search_has_none_of_it():
     split = dataclasses.replace(SPLITS["twin"], overlap=Overlap.CHUNKED, backward_chunks=2)
     config = support.small_config(split, num_experts=6)
+    config.run.compute_dtype = Dtype.BFLOAT16
     with pytest.raises(ConfigError, match=r"split.overlap = chunked must be none for a prediction"):
         predict(config, None)
     for placement in PlacementKind:
