@@ -11,7 +11,7 @@ from disag_jax.errors import ConfigError
 from disag_jax.geometry import buckets, make_geometry
 from disag_jax.phases import Layouts
 from disag_jax.planner.prediction import predict
-from disag_jax.planner.search import candidates
+from disag_jax.planner.search import PLACEMENTS, candidates
 from disag_jax.planner.sizes import TILE, Sizes
 from disag_jax.stash import StashPool
 from disag_jax.units import AttentionUnit, ExpertUnit
@@ -34,7 +34,7 @@ def test_what_overlaps_is_not_predicted_and_a_search_has_none_of_it():
     config.run.compute_dtype = Dtype.BFLOAT16
     with pytest.raises(ConfigError, match=r"split.overlap = chunked must be none for a prediction"):
         predict(config, None)
-    for placement in PlacementKind:
+    for placement in PLACEMENTS:
         found = list(candidates(config, 4, placement))
         assert found and all(c.validate().split.overlap is Overlap.NONE for c in found)
 
