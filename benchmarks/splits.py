@@ -26,12 +26,12 @@ import jax
 import rich.console
 import rich.table
 
+from disag_jax.bench_step import run_steps
 from disag_jax.compare import TOLERANCES, largest_difference
 from disag_jax.config import Config, ConfigError, PlacementKind
 from disag_jax.errors import RunError
 from disag_jax.flops import flops_per_device
 from disag_jax.geometry import enable_float64, placement_of
-from disag_jax.inputs import load_inputs
 from disag_jax.metrics import peak_memory
 from disag_jax.planner import search
 from disag_jax.planner.hardware import Hardware, load
@@ -141,15 +141,8 @@ def stepper_of(case: Case) -> Stepper:
 def measure(case: Case, stepper: Stepper) -> dict:
     """Trains a few steps: what is kept of them in JSON."""
     config = case.config
-    batches, state = load_inputs(config).train, stepper.init(config.run.seed)
-    seconds, losses = [], []
-    for step in range(WARM_UP + STEPS):
-        batch = jax.block_until_ready(stepper.read_batch(batches, step))
-        began = time.perf_counter()
-        state, metrics = stepper.train_step(state, batch)
-        state.wait()
-        seconds.append(time.perf_counter() - began)
-        losses.append(float(metrics["loss"]))
+    seconds, metrics = run_steps(stepper, WARM_UP + STEPS)
+    counts = metrics[-1]["expert_counts"]
     median = statistics.median(seconds[WARM_UP:])
     speed = config.tokens_per_step / median
     return {
@@ -161,8 +154,8 @@ def measure(case: Case, stepper: Stepper) -> dict:
         "tokens_per_second": speed,
         "tflops_per_device": flops_per_device(config, speed) / 1e12,
         "predicted_tokens_per_second": config.tokens_per_step / case.predicted_seconds,
-        "losses": losses,
-        "expert_load": float(metrics["expert_counts"].max() / metrics["expert_counts"].mean()),
+        "losses": [float(of_step["loss"]) for of_step in metrics],
+        "expert_load": float(counts.max() / counts.mean()),
         "peak_memory_gib": max(peak_memory(stepper.meshes).values(), default=None),
     }
 

@@ -91,8 +91,7 @@ class _PhaseBench:
         # Tokens whose first choice is elsewhere send no shared experts here: the mean counts.
         shared = config.model.num_shared_experts * self.g.T * self.g.M // places.num_workers
         self.pairs += shared
-        needed = Bucket(int(np.max(rows_needed)), int(np.max(sorted_needed)))
-        self.fits = needed.rows <= bucket.rows and needed.sorted_rows <= bucket.sorted_rows
+        self.fits = bucket.holds(Bucket(int(np.max(rows_needed)), int(np.max(sorted_needed))))
 
     def measure(self) -> PhaseTimes:
         figures = self.phase_times() | {"loss": time_calls("loss", loss_call(self.g))}

@@ -8,6 +8,8 @@ on one device of the same machine. Transfers, reductions, the optimizer and imba
 import dataclasses
 import time
 
+import jax
+
 from disag_jax.bench_units import measure_rates, measure_units
 from disag_jax.config import Config
 from disag_jax.flops import flops_per_device
@@ -24,15 +26,8 @@ def measure(config: Config) -> list[Figure]:
     """The units, then steps on the config's text with the optimizer included."""
     units = measure_units(config, measure_rates(config)[0])
     stepper = Stepper(config, make_meshes(config))
-    batches, state = load_inputs(config).train, stepper.init(config.run.seed)
-    times, updates = [], []
-    for step in range(WARM_UP + STEPS):
-        batch = stepper.read_batch(batches, step)
-        began = time.perf_counter()
-        state, metrics = stepper.train_step(state, batch)
-        state.wait()
-        times.append(time.perf_counter() - began)
-        updates.append(times[-1] - metrics["pipeline_seconds"])
+    times, metrics = run_steps(stepper, WARM_UP + STEPS)
+    updates = [t - of_step["pipeline_seconds"] for t, of_step in zip(times, metrics, strict=True)]
     bound = work_bound(config, stepper.schedule.idle_share, units)
     step = figure_of("step", times[WARM_UP:], floor_milliseconds=bound)
     rate = config.tokens_per_step / (step.milliseconds / 1e3)
@@ -45,6 +40,23 @@ def measure(config: Config) -> list[Figure]:
         dataclasses.replace(step, extra=speed | memory),
         figure_of("update, of it", updates[WARM_UP:]),
     ]
+
+
+def run_steps(stepper: Stepper, num_steps: int) -> tuple[list[float], list[dict]]:
+    """Trains from a fresh state on the config's text: (seconds, metrics) of each step.
+
+    A step's seconds end with its update; its input is there before.
+    """
+    config, seconds, metrics = stepper.config, [], []
+    batches, state = load_inputs(config).train, stepper.init(config.run.seed)
+    for step in range(num_steps):
+        batch = jax.block_until_ready(stepper.read_batch(batches, step))
+        began = time.perf_counter()
+        state, of_step = stepper.train_step(state, batch)
+        state.wait()
+        seconds.append(time.perf_counter() - began)
+        metrics.append(of_step)
+    return seconds, metrics
 
 
 def work_bound(config: Config, idle_share: float, units: list[Figure]) -> float:

@@ -105,8 +105,7 @@ class _UnitBench:
         self.expert_forward = jax.jit(self.expert.forward)
         finished, self.expert_kept, needed = self.expert_forward(self.expert_params, self.inbox)
         self.dy = finished.x
-        needed = Bucket(int(stats.rows_needed), int(needed))
-        self.fits = needed.rows <= g.C and needed.sorted_rows <= g.P
+        self.fits = g.bucket.holds(Bucket(int(stats.rows_needed), int(needed)))
         self.pairs = int(jnp.sum(self.expert_kept.order.pair >= 0))
 
     def measure(self) -> list[Figure]:

@@ -333,7 +333,7 @@ if __name__ == "__main__":
     _STEPS = flags.DEFINE_integer("steps", 20, "optimizer steps of each run")
     _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
     _NETWORK = flags.DEFINE_enum(
-        "network", "default", ["default", "sockets"], f"{runtime.NETWORK_HELP}; checks its log"
+        "network", "default", list(runtime.NETWORKS), f"{runtime.NETWORK_HELP}; checks its log"
     )  # fmt: skip
     _SIZES = flags.DEFINE_multi_integer(
         "tokens_per_worker", [], "micro-batch sizes to try on each side; by default the config's"

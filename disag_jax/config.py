@@ -7,10 +7,9 @@ values are properties and `Config.validate` runs once after parsing.
 
 import dataclasses
 import enum
-import functools
-import math
 
-from disag_jax.errors import ConfigError
+from disag_jax.config_rules import require, type_rule
+from disag_jax.errors import ConfigError as ConfigError
 
 
 class RouterScore(enum.StrEnum):
@@ -289,65 +288,65 @@ class Config:
         """Returns itself, or raises ConfigError for the first broken rule."""
         self._check_types()
         self._check_ranges()
-        _require(
+        require(
             self.split.placement is not PlacementKind.AUTO,
             "split.placement",
             self.split.placement.value,
             "disaggregated or colocated here: only train.py chooses one (disag_jax.plan shows it)",
         )
         model, batch, split, optimizer = self.model, self.batch, self.split, self.optimizer
-        _require(
+        require(
             model.top_k <= model.num_experts,
             "model.top_k",
             model.top_k,
             f"at most model.num_experts ({model.num_experts})",
         )
-        _require(
+        require(
             not model.normalize_gates or model.top_k > 1 or model.num_experts == 1,
             "model.normalize_gates",
             model.normalize_gates,
             "False with model.top_k = 1: a single normalized gate is always 1, and the router "
             "would learn nothing from the loss",
         )
-        _require(
+        require(
             model.num_heads % model.num_kv_heads == 0,
             "model.num_heads",
             model.num_heads,
             f"a multiple of model.num_kv_heads ({model.num_kv_heads})",
         )
-        _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "even, for RoPE")
-        _require(
+        require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "even, for RoPE")
+        require(
             batch.tokens_per_worker % batch.sequence_length == 0,
             "batch.tokens_per_worker",
             batch.tokens_per_worker,
             f"whole sequences, a multiple of batch.sequence_length ({batch.sequence_length})",
         )
-        _require(
+        require(
             split.expert_workers <= model.num_experts,
             "split.expert_workers",
             split.expert_workers,
             f"at most model.num_experts ({model.num_experts}), so that each holds an expert",
         )
-        _require(
+        require(
             not split.colocated or split.attention_workers % split.expert_workers == 0,
             "split.expert_workers",
             split.expert_workers,
             f"a divisor of split.attention_workers ({split.attention_workers}) with "
             "split.placement = colocated, where groups of that many devices share the experts",
         )
-        _require(
+        require(
             not split.colocated or split.hop == 1,
             "split.hop",
             split.hop,
             "1 with split.placement = colocated",
         )
-        _require(
+        require(
             split.stages <= model.num_layers,
             "split.stages",
             split.stages,
             f"at most model.num_layers ({model.num_layers}), so that each holds a layer",
         )
-        _require(
+        require(
             optimizer.final_learning_rate <= optimizer.peak_learning_rate,
             "optimizer.final_learning_rate",
             optimizer.final_learning_rate,
@@ -379,13 +378,13 @@ class Config:
                 "none or chunked with batch.micro_batches = 1, beside which no other is under way",
             ),
         ):
-            _require(holds, "split.overlap", split.overlap, rule)
+            require(holds, "split.overlap", split.overlap, rule)
         for name, degree in degrees.items():
             field = f"split.{name}"
-            _require(chunked or degree == 1, field, degree, "1 unless split.overlap = chunked")
+            require(chunked or degree == 1, field, degree, "1 unless split.overlap = chunked")
             rule = f"a divisor of batch.tokens_per_worker ({tokens})"
-            _require(tokens % degree == 0, field, degree, rule)
-        _require(
+            require(tokens % degree == 0, field, degree, rule)
+        require(
             self.run.recompute is not Recompute.NONE or len(set(degrees.values())) == 1,
             "run.recompute",
             self.run.recompute,
@@ -395,7 +394,7 @@ class Config:
 
     def _check_data(self):
         data = self.data
-        _require(
+        require(
             not (data.sources and data.paths),
             "data.paths",
             data.paths,
@@ -403,14 +402,14 @@ class Config:
         )
         for name in ("weights", "held_out_sources"):
             value = getattr(data, name)
-            _require(data.sources or not value, f"data.{name}", value, "empty without data.sources")
-        _require(
+            require(data.sources or not value, f"data.{name}", value, "empty without data.sources")
+        require(
             not data.weights or len(data.weights) == len(data.sources),
             "data.weights",
             data.weights,
             f"as many as data.sources ({len(data.sources)}), or empty",
         )
-        _require(
+        require(
             all(weight >= 0 for weight in data.weights) and (any(data.weights) or not data.weights),
             "data.weights",
             data.weights,
@@ -425,41 +424,41 @@ class Config:
                 continue
             for field in dataclasses.fields(values):
                 value = getattr(values, field.name)
-                holds, rule = _type_rule(field.type)
-                _require(holds(value), f"{section.name}.{field.name}", value, rule)
+                holds, rule = type_rule(field.type)
+                require(holds(value), f"{section.name}.{field.name}", value, rule)
 
     def _check_ranges(self):
         """Checks every field that is limited by itself alone."""
         for section, names in _POSITIVE.items():
             for name in names:
                 value = getattr(getattr(self, section), name)
-                _require(value > 0, f"{section}.{name}", value, "greater than 0")
+                require(value > 0, f"{section}.{name}", value, "greater than 0")
         for section, names in _NOT_NEGATIVE.items():
             for name in names:
                 value = getattr(getattr(self, section), name)
-                _require(value >= 0, f"{section}.{name}", value, "0 or more")
+                require(value >= 0, f"{section}.{name}", value, "0 or more")
         factor = self.model.capacity_factor
         if factor is not None:
-            _require(factor > 0, "model.capacity_factor", factor, "greater than 0, or None")
+            require(factor > 0, "model.capacity_factor", factor, "greater than 0, or None")
         peak = self.run.peak_tflops_per_device
         if peak is not None:
-            _require(peak > 0, "run.peak_tflops_per_device", peak, "greater than 0, or None")
+            require(peak > 0, "run.peak_tflops_per_device", peak, "greater than 0, or None")
         factor = self.run.straggler_factor
-        _require(factor > 1, "run.straggler_factor", factor, "greater than 1")
-        _require(self.split.hop in (1, 2), "split.hop", self.split.hop, "1 or 2")
-        _require(
+        require(factor > 1, "run.straggler_factor", factor, "greater than 1")
+        require(self.split.hop in (1, 2), "split.hop", self.split.hop, "1 or 2")
+        require(
             all(factor >= 1 for factor in self.split.bucket_factors),
             "split.bucket_factors",
             self.split.bucket_factors,
             "numbers of at least 1",
         )
         fraction = self.data.held_out_fraction
-        _require(0 < fraction < 1, "data.held_out_fraction", fraction, "between 0 and 1")
+        require(0 < fraction < 1, "data.held_out_fraction", fraction, "between 0 and 1")
         for name in ("b1", "b2"):
             value = getattr(self.optimizer, name)
-            _require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
+            require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
         # JAX drops the bits of a larger seed without a word.
-        _require(self.run.seed < 2**32, "run.seed", self.run.seed, "below 2**32")
+        require(self.run.seed < 2**32, "run.seed", self.run.seed, "below 2**32")
 
 
 _POSITIVE = {
@@ -486,42 +485,3 @@ _NOT_NEGATIVE = {
     "optimizer": ("final_learning_rate", "warmup_steps", "weight_decay"),
     "run": ("seed", "eval_every", "checkpoint_every", "keep_checkpoint_every"),
 }
-
-
-def _require(holds: bool, field: str, value, rule: str):
-    if not holds:
-        shown = value.value if isinstance(value, enum.Enum) else value
-        raise ConfigError(f"{field} = {shown!r} must be {rule}")
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _is_tuple_of(holds, value) -> bool:
-    return isinstance(value, tuple) and all(holds(item) for item in value)
-
-
-_TYPES = {
-    int: (_is_int, "an int"),
-    float: (_is_finite, "a finite number"),
-    bool: (lambda value: isinstance(value, bool), "True or False"),
-    float | None: (lambda value: value is None or _is_finite(value), "a finite number, or None"),
-    tuple[float, ...]: (functools.partial(_is_tuple_of, _is_finite), "a tuple of finite numbers"),
-    tuple[str, ...]: (
-        functools.partial(_is_tuple_of, lambda item: isinstance(item, str)),
-        "a tuple of strings",
-    ),
-}
-
-
-def _type_rule(kind):
-    """(test of a value, its rule in words) for a field's type."""
-    if kind in _TYPES:
-        return _TYPES[kind]
-    members = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
-    return (lambda value: isinstance(value, kind)), f"one of {members}"

@@ -31,6 +31,10 @@ class Bucket:
     rows: int
     sorted_rows: int
 
+    def holds(self, needed: "Bucket") -> bool:
+        """Whether what needs this much fits."""
+        return needed.rows <= self.rows and needed.sorted_rows <= self.sorted_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:

@@ -160,7 +160,7 @@ if __name__ == "__main__":
 
     _CONFIG = cli.define_config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "directory for the trace")
-    _NETWORK = flags.DEFINE_enum("network", "default", ["default", "sockets"], runtime.NETWORK_HELP)
+    _NETWORK = flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP)
     flags.mark_flags_as_required(["config", "workdir"])
 
     def _run():

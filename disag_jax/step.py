@@ -52,7 +52,7 @@ class BucketChooser:
         """
         try:
             current, recent = Bucket(*memory["current"]), [Bucket(*n) for n in memory["recent"]]
-            _fits(max(recent, default=current), current)  # TypeError unless these are numbers
+            current.holds(max(recent, default=current))  # TypeError unless these are numbers
         except (KeyError, TypeError) as error:
             raise ConfigError(f"buckets = {memory!r} of a checkpoint must be buckets") from error
         if current in self.options:
@@ -66,21 +66,17 @@ class BucketChooser:
         an overflow later layers saw wrong messages, so what they needed is a guess.
         """
         self._recent.append(needed)
-        if _fits(needed, self.current):
+        if self.current.holds(needed):
             return False
         larger = self.options[self.options.index(self.current) + 1 :]
-        self.current = next((o for o in larger if _fits(needed, o)), self.options[-1])
+        self.current = next((o for o in larger if o.holds(needed)), self.options[-1])
         return True
 
     def step_done(self):
         """Moves down to the smallest bucket that all of the last steps would have fit."""
         if len(self._recent) == BUCKET_MEMORY:
-            enough = next(o for o in self.options if all(_fits(n, o) for n in self._recent))
+            enough = next(o for o in self.options if all(o.holds(n) for n in self._recent))
             self.current = min(enough, self.current)
-
-
-def _fits(needed: Bucket, bucket: Bucket) -> bool:
-    return needed.rows <= bucket.rows and needed.sorted_rows <= bucket.sorted_rows
 
 
 class Stepper:

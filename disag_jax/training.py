@@ -18,7 +18,7 @@ from disag_jax.metrics import StepMeter
 from disag_jax.metrics_log import MetricsLog
 from disag_jax.outputs import Outputs
 from disag_jax.planner.hardware import load
-from disag_jax.planner.prediction import predict
+from disag_jax.planner.prediction import step_seconds
 from disag_jax.preemption import StopRequest
 from disag_jax.profiling import Profiler, Stopwatch
 from disag_jax.state import TrainState
@@ -54,7 +54,7 @@ def train(
     """
     config = auto_placement.resolve(config, hardware)
     config.validate()
-    expected = predict(config, load(hardware)).step_seconds if hardware else None
+    expected = step_seconds(config, load(hardware)) if hardware else None
     with Watchdog(config) as watchdog:
         return _train(config, workdir, watchdog, resume, step, stop_after, profile_steps, expected)
 

@@ -1,5 +1,6 @@
 """A lost, stopped, failed or stuck process ends the run, and is named."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -107,6 +108,13 @@ def run_of_two(monkeypatch):
     return make, ends
 
 
+def process_1_says(status):
+    """Writes its sign by hand."""
+    processes.key_value_store().key_value_set(
+        "watchdog/signs/1", json.dumps([1, status, "step 3"]), allow_overwrite=True
+    )
+
+
 def wait_for(ends, seconds=10.0):
     deadline = time.monotonic() + seconds
     while not ends and time.monotonic() < deadline:
@@ -127,20 +135,15 @@ def test_process_0_is_lost_where_it_does_not_answer(run_of_two):
 
 
 def test_one_that_fails_alone_is_named_with_its_reason(run_of_two):
-    """The second one's sign is written by hand."""
     make, ends = run_of_two
     with make(0, heartbeat_timeout_seconds=2):
-        processes.key_value_store().key_value_set(
-            "watchdog/signs/1", '[1, "the reason", "step 3"]', allow_overwrite=True
-        )
+        process_1_says("the reason")
         assert wait_for(ends) == "process 1 failed: the reason"
 
 
 def test_one_that_fails_alone_ends_itself(run_of_two):
     make, ends = run_of_two
-    processes.key_value_store().key_value_set(
-        "watchdog/signs/1", '[1, "running", "step 3"]', allow_overwrite=True
-    )
+    process_1_says("running")
     with pytest.raises(RunError), make(0, heartbeat_timeout_seconds=5):
         raise RunError("mine alone")
     assert ends == ["mine alone"]
@@ -148,9 +151,7 @@ def test_one_that_fails_alone_ends_itself(run_of_two):
 
 def test_a_failure_of_all_is_left_to_the_commands(run_of_two):
     make, ends = run_of_two
-    processes.key_value_store().key_value_set(
-        "watchdog/signs/1", '[1, "the same", "step 3"]', allow_overwrite=True
-    )
+    process_1_says("the same")
     with pytest.raises(RunError), make(0, heartbeat_timeout_seconds=100):
         raise RunError("the same")
     assert ends == []

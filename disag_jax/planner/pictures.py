@@ -12,10 +12,10 @@ from matplotlib.patches import Patch
 from disag_jax.config import PlacementKind
 from disag_jax.errors import ConfigError
 from disag_jax.planner.costs import Costs
-from disag_jax.planner.prediction import Prediction, predict, timing_of
+from disag_jax.planner.prediction import Prediction, predict, simulate_step
 from disag_jax.planner.roofline import demand_of
 from disag_jax.planner.search import Fixed, candidates
-from disag_jax.planner.simulator import Run, simulate
+from disag_jax.planner.simulator import Run
 from disag_jax.planner.sizes import Sizes
 from disag_jax.planner.topology import StageLinks
 from disag_jax.schedule import IDLE, schedule_of
@@ -131,12 +131,8 @@ def check_writable(path: str, flag: str):
 
 def _whole_run(prediction: Prediction) -> Run:
     """The clocks with no wave left out."""
-    config, split = prediction.config, prediction.config.split
-    costs = Costs(Sizes.of(config, prediction.load_factor), prediction.hardware)
-    return simulate(
-        timing_of(costs), config.model.num_layers, split.stages, config.batch.micro_batches,
-        split.hop, colocated=split.colocated, shorten=False,
-    )  # fmt: skip
+    sizes = Sizes.of(prediction.config, prediction.load_factor)
+    return simulate_step(Costs(sizes, prediction.hardware), shorten=False)
 
 
 def _draw_timeline(axes, prediction: Prediction):

@@ -126,7 +126,8 @@ def predict(config: Config, hardware: Hardware, load_factor: float | None = None
 
 
 def step_seconds(config: Config, hardware: Hardware, load_factor: float | None = None) -> float:
-    """`Prediction.step_seconds` alone, for searches."""
+    """`Prediction.step_seconds` alone, which takes one simulation."""
+    check_predictable(config)
     costs = Costs(Sizes.of(config, assumed_load_factor(config, load_factor)), hardware)
     return total_seconds(costs, simulate_step(costs))
 
@@ -164,8 +165,11 @@ def expected_load_factor(config: Config) -> float:
     return 1 + math.sqrt(2 * math.log(workers) / pairs)
 
 
-def simulate_step(costs: Costs, *, free_transfers: bool = False) -> Run:
-    """The loop's clocks; with `free_transfers` as if moving data took no time."""
+def simulate_step(costs: Costs, *, free_transfers: bool = False, shorten: bool = True) -> Run:
+    """The loop's clocks; with `free_transfers` as if moving data took no time.
+
+    shorten: whether repeated waves may be left out (disag_jax/planner/simulator.py).
+    """
     config, split = costs.config, costs.config.split
     return simulate(
         timing_of(costs, free_transfers=free_transfers),
@@ -174,6 +178,7 @@ def simulate_step(costs: Costs, *, free_transfers: bool = False) -> Run:
         config.batch.micro_batches,
         split.hop,
         colocated=split.colocated,
+        shorten=shorten,
     )
 
 
