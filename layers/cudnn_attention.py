@@ -42,15 +42,15 @@ def backward(q_BSHA, k_BSGA, v_BSGA, out_BSHA, lse_BHS, dout_BSHA, mask_BSS=None
 
 def _inputs_and_options(q_BSHA, k_BSGA, v_BSGA, mask_BSS):
     unused = jnp.zeros(0, q_BSHA.dtype)
-    bias, exports_dbias = unused, False
+    bias = unused
     if mask_BSS is not None:
         bias = cudnn.combine_bias_and_mask(None, mask_BSS[:, None], q_BSHA.dtype)
-        exports_dbias = cudnn.should_export_dbias(bias.shape, q_BSHA.shape, _LAYOUT)
     options = dict(
         scale=q_BSHA.shape[-1] ** -0.5,
         seed=42,
         dropout_rate=0.0,
-        variadic_args=(mask_BSS is not None, exports_dbias),
+        # Whether there is a bias, and whether its gradient is wanted.
+        variadic_args=(mask_BSS is not None, False),
         mask_type=cudnn.MaskType.CAUSAL,
         layout=_LAYOUT,
         sliding_window_length=None,
