@@ -5,13 +5,15 @@ so what a prediction of a step needs. Attention and expert workers of one stage 
 role at a time, without transfers.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from disag_jax.batches import Batch
 from disag_jax.bench_units import loss_call
@@ -29,6 +31,24 @@ from mesh.roles import Role
 # A transfer of at most this share of a phase hides under it for certain.
 HIDDEN_SHARE = 0.5
 
+COMPILED_AT_ONCE = 16
+
+DIRECTIONS = ("forward", "backward")
+
+
+def _beside(direction: str) -> str:
+    return f"{direction} beside a transfer"
+
+
+def _transfer(direction: str) -> str:
+    return f"transfer under {direction}"
+
+
+# Names of the programs.
+START = "start"
+ALONE = (START, *DIRECTIONS)
+BESIDE = tuple(name(direction) for direction in DIRECTIONS for name in (_beside, _transfer))
+
 
 @dataclasses.dataclass(frozen=True)
 class PhaseTimes:
@@ -45,66 +65,84 @@ class PhaseTimes:
     figures: dict[str, Figure]
 
 
-def measure(config: Config, meshes: Meshes) -> PhaseTimes:
-    """Phases in the smallest bucket that holds the routing; one stage, two layers."""
-    assert config.split.stages == 1 and config.model.num_layers == 2, config.split
-    for bucket in buckets(config):
-        bench = _PhaseBench(config, meshes, bucket)
-        if bench.fits:
-            return bench.measure()
-    raise AssertionError("the last bucket holds everything")
+def measure(configs: list[Config], meshes: Meshes) -> tuple[list[PhaseTimes], dict[str, float]]:
+    """(times of each config in the smallest bucket that holds its routing, slowdowns of the first).
 
-
-def measure_slowdowns(config: Config, meshes: Meshes) -> dict[str, float]:
-    """Each unit's time with the transfer that its phase hides over its time alone.
-
-    Units whose transfer is not much shorter are left out: what would be timed is the transfer.
+    The configs have one stage and two layers. A slowdown is a unit's time with the transfer that
+    its phase hides over its time alone; units whose transfer is not much shorter have none: what
+    would be timed is the transfer. All programs are compiled side by side, then run one at a time.
     """
-    bench = _PhaseBench(config, meshes, buckets(config)[-1])
-    alone = bench.phase_times()
-    beside = bench.phase_times(beside_transfer=True)
-    transfer = {}
-    for direction in ("forward", "backward"):
-        program = bench.program(bench.only_transfer(direction), 3)
-        transfer[direction] = bench.time(direction, program, Role.ATTENTION)
-    return {
-        name: beside[name].milliseconds / figure.milliseconds
-        for name, figure in alone.items()
-        if transfer[name.split("_")[1]].milliseconds < HIDDEN_SHARE * figure.milliseconds
-    }
+    assert all(c.split.stages == 1 and c.model.num_layers == 2 for c in configs), configs
+    benches = [_PhaseBench(config, meshes, buckets(config)[0]) for config in configs]
+    beside = _PhaseBench(configs[0], meshes, buckets(configs[0])[-1])
+    with concurrent.futures.ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
+        programs = [(bench, name) for bench in benches for name in ALONE]
+        programs += [(beside, name) for name in (*ALONE, *BESIDE)]
+        losses = [pool.submit(bench.loss) for bench in benches]
+        waiting = [pool.submit(bench.program, name) for bench, name in programs]
+        for done in waiting + losses:
+            done.result()
+    times = []
+    for bench in benches:
+        larger = iter(buckets(bench.config)[1:])
+        while not bench.fits:
+            bench = _PhaseBench(bench.config, meshes, next(larger))
+        times.append(bench.measure())
+    return times, beside.slowdowns()
 
 
 class _PhaseBench:
     def __init__(self, config: Config, meshes: Meshes, bucket: Bucket):
         self.config, self.meshes, self.bucket = config, meshes, bucket
         self.g = make_geometry(config, bucket)
-        self.phases = make_phases(self.g, schedule_of(config))
         self.arguments = self._arguments()
-        start = self.program(self._start, 0)
-        self.state, (counts, rows_needed, sorted_needed) = start(*self.arguments)
-        counts = np.asarray(counts).sum(axis=0)[0]
-        places = self.g.places
-        self.pairs = max(
+        self.compiled = {}
+        self.loss = functools.cache(lambda: loss_call(self.g))
+
+    @functools.cached_property
+    def _started(self):
+        """(state of the loops, what the routing needed), of a layer run forward."""
+        return self.program(START)(*self.arguments)
+
+    @functools.cached_property
+    def pairs(self) -> int:
+        """(token, expert) pairs of the busiest expert worker."""
+        counts = np.asarray(self._started[1][0]).sum(axis=0)[0]
+        places, model = self.g.places, self.config.model
+        busiest = max(
             int(counts[np.array(places.share(worker))].sum())
             for worker in range(places.num_workers)
         )
         # Tokens whose first choice is elsewhere send no shared experts here: the mean counts.
-        shared = config.model.num_shared_experts * self.g.T * self.g.M // places.num_workers
-        self.pairs += shared
-        self.fits = bucket.holds(Bucket(int(np.max(rows_needed)), int(np.max(sorted_needed))))
+        return busiest + model.num_shared_experts * self.g.T * self.g.M // places.num_workers
+
+    @property
+    def fits(self) -> bool:
+        _, rows_needed, sorted_needed = self._started[1]
+        return self.bucket.holds(Bucket(int(np.max(rows_needed)), int(np.max(sorted_needed))))
 
     def measure(self) -> PhaseTimes:
-        figures = self.phase_times() | {"loss": time_calls("loss", loss_call(self.g))}
+        figures = self.phase_times() | {"loss": time_calls("loss", self.loss())}
         return PhaseTimes(self.bucket, self.pairs, figures)
+
+    def slowdowns(self) -> dict[str, float]:
+        """Of the units whose transfer is short enough."""
+        alone, beside = self.phase_times(), self.phase_times(beside_transfer=True)
+        transfer = {
+            direction: self.time(direction, self.program(_transfer(direction)), Role.ATTENTION)
+            for direction in DIRECTIONS
+        }
+        return {
+            name: beside[name].milliseconds / figure.milliseconds
+            for name, figure in alone.items()
+            if transfer[name.split("_")[1]].milliseconds < HIDDEN_SHARE * figure.milliseconds
+        }
 
     def phase_times(self, *, beside_transfer: bool = False) -> dict[str, Figure]:
         """Times by unit; with `beside_transfer`, while the transfer runs that the phase hides."""
         figures = {}
-        for direction in ("forward", "backward"):
-            phase = getattr(self, f"_{direction}")
-            if beside_transfer:
-                phase = self._beside_transfer(phase, direction)
-            program = self.program(phase, 3)
+        for direction in DIRECTIONS:
+            program = self.program(_beside(direction) if beside_transfer else direction)
             for role in Role:
                 name = f"{role.label}_{direction}"
                 figures[name] = self.time(name, program, role)
@@ -114,7 +152,9 @@ class _PhaseBench:
         """Time of one of the phases that a program runs in a loop."""
         return time_iterations(
             name,
-            lambda count: program(*self.arguments, self.state, jnp.int32(role), jnp.int32(count)),
+            lambda count: program(
+                *self.arguments, self._started[0], jnp.int32(role), jnp.int32(count)
+            ),
         )
 
     def _arguments(self):
@@ -122,7 +162,7 @@ class _PhaseBench:
         g, model = self.g, self.config.model
         devices = g.placement.num_devices
         num_rows = -(-model.vocab_size // devices) * devices
-        columns = self.phases.layouts.num_columns(Role.ATTENTION)
+        columns = self._phases().layouts.num_columns(Role.ATTENTION)
 
         def draw(seed, shape, spec):
             make = jax.jit(
@@ -150,17 +190,44 @@ class _PhaseBench:
         )
         return rows, vocabulary, bias, batch
 
-    def program(self, function, num_states: int):
-        """A jitted program of all workers, on the pipeline's arguments and `num_states` more.
+    def program(self, name: str):
+        """The compiled program of a name; safe to call from several threads for several names."""
+        if name not in self.compiled:
+            self.compiled[name] = self._lower(name).compile()
+        return self.compiled[name]
 
-        Without more it calls `function(phases)`. With (state, role, count) it runs `count`
-        iterations of the loop that `function(phases, state, role)` describes. State and results are
-        per worker.
+    def _lower(self, name: str):
+        if name == START:
+            return self._jitted(self._start).lower(*self.arguments)
+        functions = {direction: getattr(self, f"_{direction}") for direction in DIRECTIONS}
+        for direction in DIRECTIONS:
+            phase = functions[direction]
+            functions[_beside(direction)] = self._beside_transfer(phase, direction)
+            functions[_transfer(direction)] = self.only_transfer(direction)
+        state, _ = jax.eval_shape(self._jitted(self._start), *self.arguments)
+        arguments = [
+            jax.tree.map(lambda x, s=spec: self._abstract(x, s), value)
+            for value, spec in (
+                (state, PER_WORKER), (jnp.int32(0), EVERYWHERE), (jnp.int32(0), EVERYWHERE),
+            )
+        ]  # fmt: skip
+        return self._jitted(functions[name], loops=True).lower(*self.arguments, *arguments)
+
+    def _abstract(self, x, spec):
+        sharding = NamedSharding(self.meshes.union, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def _jitted(self, function, *, loops: bool = False):
+        """A program of all workers on the pipeline's arguments.
+
+        It calls `function(phases)`. With `loops` it takes (state, role, count) besides and runs
+        `count` iterations of the loop that `function(phases, state, role)` describes. State and
+        results are per worker.
         """
 
         def run(rows, vocabulary, bias, batch, *states):
             weights = gather_weights(self.g, rows, vocabulary, bias)
-            phases = self.phases.bind(
+            phases = self._phases().bind(
                 weights, jax.tree.map(lambda x: x[0], batch), self._zeros, 1.0
             )
             if states:
@@ -173,13 +240,18 @@ class _PhaseBench:
             return jax.tree.map(lambda x: x[None], results)
 
         in_specs = (PER_WORKER, VOCABULARY_SPECS, EVERYWHERE, PER_WORKER)
-        in_specs += (PER_WORKER, PartitionSpec(), PartitionSpec())[:num_states]
+        if loops:
+            in_specs += (PER_WORKER, EVERYWHERE, EVERYWHERE)
         return jax.jit(
             jax.shard_map(
                 run, mesh=self.meshes.union, in_specs=in_specs, out_specs=PER_WORKER,
                 check_vma=False,
             )
         )  # fmt: skip
+
+    def _phases(self):
+        """New ones: a trace binds them to its own values, and several threads trace."""
+        return make_phases(self.g, schedule_of(self.config))
 
     @property
     def _zeros(self):

@@ -49,17 +49,16 @@ def profile(config: Config, out: str, say=print) -> Hardware:
     shape = _one_stage(config)
     meshes = make_meshes(shape)
     points = {unit: [] for unit in UNITS}
-    for label, variant in variants(shape):
-        say(f"phases: {label}")
-        times = bench_phases.measure(variant, meshes)
+    labels, shapes = zip(*variants(shape), strict=True)
+    say(f"phases, alone and beside transfers: {'; '.join(labels)}")
+    measured, slowdowns = bench_phases.measure(shapes, meshes)
+    for label, variant, times in zip(labels, shapes, measured, strict=True):
         work = unit_work(Sizes(variant, times.bucket, 1.0), times.pairs)
         for unit in UNITS:
             milliseconds = times.figures[unit].milliseconds
             points[unit].append(
                 {"variant": label, "milliseconds": milliseconds, **dataclasses.asdict(work[unit])}
             )
-    say("phases beside transfers")
-    slowdowns = bench_phases.measure_slowdowns(shape, meshes)
     say("transfers")
     points |= measure_transfers(shape)
     say("optimizer")
