@@ -39,7 +39,7 @@ from disag_jax.planner.prediction import predict
 from disag_jax.step import Stepper
 from mesh.placement import Meshes
 
-WARM_UP, STEPS = 2, 4
+WARM_UP, STEPS = 2, 3
 SCALING = "scaling"
 STAGES = (1, 2)
 
@@ -131,10 +131,11 @@ def at_length(config: Config, length: int, num_devices: int) -> Config:
 
 
 def stepper_of(case: Case) -> Stepper:
-    """With its pipeline compiled."""
+    """With its pipeline compiled in the bucket of the expected load and in the next larger one."""
     placement = placement_of(case.config.validate())
     stepper = Stepper(case.config, Meshes.make(placement, jax.devices()[: placement.num_devices]))
-    stepper.compiled_program(stepper.chooser.current)
+    for bucket in stepper.chooser.options[:2]:
+        stepper.compiled_program(bucket)
     return stepper
 
 
@@ -295,7 +296,7 @@ if __name__ == "__main__":
     _LENGTHS = flags.DEFINE_multi_integer("length", [4096, 8192, 16_384], "sequence lengths")
     _SCALING = flags.DEFINE_bool("scaling", False, "grow from two devices to all instead")
     _SECONDS = flags.DEFINE_float("seconds", 540, "begin no case after this")
-    _THREADS = flags.DEFINE_integer("threads", 4, "programs compiled at once")
+    _THREADS = flags.DEFINE_integer("threads", 16, "programs compiled at once")
     _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
     _NETWORK = flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP)
     flags.mark_flags_as_required(["config", "hardware", "out"])
