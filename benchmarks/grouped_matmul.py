@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from disag_jax.timing import time_calls
-from layers.grouped_matmul import GroupWeights, order_by_expert, sorted_rows, tile_rows
+from layers.grouped_matmul import order_by_expert, sorted_rows, tile_rows
 from layers.grouped_matmul_hopper import add_weight_gradient, rows_times_weights
 
 EXPERTS, D_MODEL, WIDTH = 64, 2048, 1408
@@ -41,9 +41,10 @@ def measure(num_rows: int, skew: float):
     w = jax.random.normal(keys[2], (EXPERTS, D_MODEL, WIDTH), jnp.bfloat16)
     sums = jnp.zeros((EXPERTS, D_MODEL, WIDTH))
 
-    @functools.partial(jax.jit, static_argnums=2)
     def product(x, w, transpose):
-        return rows_times_weights(x, GroupWeights.of(w), order.tile_expert, transpose=transpose)
+        return rows_times_weights(
+            x, w, jnp.int32(0), order.tile_expert, num_experts=EXPERTS, transpose=transpose
+        )
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(sums, x, dy):

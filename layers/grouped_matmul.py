@@ -170,7 +170,10 @@ grouped_matmul.defvjp(_forward, _backward)
 def _rows_times_weights(weights: GroupWeights, x, tile_expert, *, transpose: bool):
     """x w of each tile, or x w^T with `transpose`."""
     if _hopper_runs(x, weights.stack):
-        return _hopper().rows_times_weights(x, weights, tile_expert, transpose=transpose)
+        return _hopper().rows_times_weights(
+            x, weights.stack, weights.first, tile_expert,
+            num_experts=weights.num_experts, transpose=transpose,
+        )  # fmt: skip
     w_EAB = weights.dense()
     return _portable_matmul(x, jnp.swapaxes(w_EAB, 1, 2) if transpose else w_EAB, tile_expert)
 

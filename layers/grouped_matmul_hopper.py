@@ -33,13 +33,15 @@ FETCH_STEP = 3  # when a block's first square of sums is fetched; as many steps 
 LOADER_REGISTERS = 40
 
 
-def rows_times_weights(x_PA, weights, tile_expert, *, transpose: bool):
+# Lowering a kernel takes half a second of Python: inside jit it is done once for all equal calls
+# of a program, of which a pipeline's has dozens.
+@functools.partial(jax.jit, static_argnames=("num_experts", "transpose"))
+def rows_times_weights(x_PA, stack, first, tile_expert, *, num_experts: int, transpose: bool):
     """Each tile of 128 rows times its expert's weights: [P, B], unspecified in unused tiles.
 
-    weights: layers.grouped_matmul.GroupWeights of [A, B], or with `transpose` of [B, A]. A must be
-      a multiple of 64.
+    stack, first, num_experts: of layers.grouped_matmul.GroupWeights of [A, B], or with `transpose`
+      of [B, A]. A must be a multiple of 64.
     """
-    stack, first, num_experts = weights
     num_rows, inner = x_PA.shape
     outer = stack.shape[1] if transpose else stack.shape[2]
     assert num_rows % ROWS == 0 and inner % DEPTH == 0, (x_PA.shape, stack.shape)
@@ -114,6 +116,7 @@ def rows_times_weights(x_PA, weights, tile_expert, *, transpose: bool):
     return _call(multiply_by_group, (tile_expert, tile_expert + first, x_PA, stack), out)
 
 
+@functools.partial(jax.jit, static_argnames="num_experts")
 def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: int):
     """Adds the sum of x^T dy over each expert's tiles to its matrix in `sums`, in place.
 
@@ -284,6 +287,11 @@ def _with_accumulator(finish, run_pipeline):
     pl.run_scoped(run, plgpu.ACC((SIDE, SIDE), jnp.float32))
 
 
+def num_processors() -> int:
+    """Streaming multiprocessors of the GPU: blocks in flight."""
+    return jax.devices()[0].core_count
+
+
 def _call(kernel, operands, out=None, *, in_place=None):
     """Runs the kernel on its operands, by three warpgroups on every processor.
 
@@ -293,7 +301,7 @@ def _call(kernel, operands, out=None, *, in_place=None):
     function = pl.kernel(
         kernel,
         mesh=plgpu.Mesh(
-            grid=(jax.devices()[0].core_count,), grid_names=("sm",), num_threads=3, thread_name="wg"
+            grid=(num_processors(),), grid_names=("sm",), num_threads=3, thread_name="wg"
         ),
         out_type=() if out is None else out,
         name=kernel.__name__,
