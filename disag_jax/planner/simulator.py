@@ -255,10 +255,7 @@ def execute(table: Table, timing: Timing) -> Run:
     ring = _Ring(num_classes, timing.rounds)
     period = _one_hop if table.hop == 1 else _two_hops
     for segment in table.segments:
-        seconds = (
-            timing.forward_transfer if segment.has_forward or table.hop == 2 else None,
-            timing.backward_transfer if segment.has_backward else None,
-        )
+        seconds = _transfer_seconds(table, timing, segment)
         for t in range(segment.begin, segment.end):
             begin[t] = now
             f = forward[t] if segment.has_forward else 0.0
@@ -273,6 +270,37 @@ def execute(table: Table, timing: Timing) -> Run:
                 now = loss_begin[t] + timing.loss
             end[t] = now
     return Run(*clocks, repeats=(0, 0, 0))
+
+
+def _transfer_seconds(table: Table, timing: Timing, segment: Segment):
+    """(forward, backward) transfer in a period of the segment; None where there is none."""
+    return (
+        timing.forward_transfer if segment.has_forward or table.hop == 2 else None,
+        timing.backward_transfer if segment.has_backward else None,
+    )
+
+
+def transfer_times(table: Table, timing: Timing, run: Run):
+    """Yields (direction, period, begin, end) of each transfer of a run that left no wave out.
+
+    Arrays [classes]: when a class has all that the transfer waits for, and when it has ended.
+    """
+    ring = _Ring(table.forward.shape[1], timing.rounds)
+    for segment in table.segments:
+        forward, backward = _transfer_seconds(table, timing, segment)
+        for t in range(segment.begin, segment.end):
+            parts = {"forward": forward, "backward": backward}
+            if table.hop == 1:
+                parts = {"backward": backward, "forward": forward}
+            sent = run.begin[t]
+            for kind, seconds in parts.items():
+                if seconds is None:
+                    continue
+                if table.hop == 1 and kind == "forward":
+                    sent = run.backward_begin[t]
+                began = ring.wait(sent)
+                sent = began + seconds
+                yield kind, t, began, sent
 
 
 def _one_hop(now, forward, backward, transfers, ring):
