@@ -102,14 +102,14 @@ _CLOCKS = ("begin", "forward_end", "backward_begin", "backward_end", "loss_begin
 def _add_loop(add, schedule: Schedule, clocks, stage: int, role: int):
     """Adds one class's units, losses and waits; clocks [periods]."""
     for period in range(schedule.num_periods):
-        name = unit_name(schedule, "forward", period, stage, role)
-        if name:
-            add("forward", name, clocks.begin[period], clocks.forward_end[period])
-        add("wait", WAIT, clocks.forward_end[period], clocks.backward_begin[period])
-        name = unit_name(schedule, "backward", period, stage, role)
-        if name:
-            add("backward", name, clocks.backward_begin[period], clocks.backward_end[period])
-        add("wait", WAIT, clocks.backward_end[period], clocks.loss_begin[period])
+        for kind, begin, end, then in (
+            ("forward", clocks.begin, clocks.forward_end, clocks.backward_begin),
+            ("backward", clocks.backward_begin, clocks.backward_end, clocks.loss_begin),
+        ):
+            name = unit_name(schedule, kind, period, stage, role)
+            # A twin's exchanges take time without a unit too.
+            add(*((kind, name) if name else ("wait", WAIT)), begin[period], end[period])
+            add("wait", WAIT, end[period], then[period])
         if schedule.loss[period] != IDLE:
             name = loss_name(schedule, period)
             add("loss", name, clocks.loss_begin[period], clocks.end[period])
