@@ -81,7 +81,7 @@ def test_timeline_is_a_trace(prediction, tmp_path):
     path = tmp_path / "timeline.json"
     pictures.write_timeline(prediction, str(path))
     events = json.loads(path.read_text())["traceEvents"]
-    spans = timeline.predicted(prediction)
+    spans = sorted(timeline.predicted(prediction), key=lambda span: span.begin)
     done = [event for event in events if event["ph"] == "X"]
     assert len(done) == len(spans)
     names = {(e["pid"], e["tid"], e["name"]): e["args"]["name"] for e in events if e["ph"] == "M"}
@@ -92,6 +92,20 @@ def test_timeline_is_a_trace(prediction, tmp_path):
         assert (event["name"], event["cat"]) == (span.name, span.kind)
         assert event["ts"] == pytest.approx(1e6 * span.begin)
         assert event["dur"] == pytest.approx(1e6 * (span.end - span.begin)) and event["dur"] > 0
+
+
+def test_what_overlaps_has_tracks_of_its_own(tmp_path):
+    def span(kind, begin, end):
+        return timeline.Span(0, "worker 1", kind, kind, begin, end)
+
+    spans = [span("backward", 1, 4), span("forward", 0, 2), span("loss", 4, 5)]
+    path = tmp_path / "timeline.json"
+    timeline.write({"measured": spans}, path)
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    tracks = {e["name"]: names[e["tid"]] for e in events if e["ph"] == "X"}
+    beside = "worker 1 beside"
+    assert tracks == {"forward": "worker 1", "backward": beside, "loss": "worker 1"}
 
 
 def test_a_panel_shows_the_first_workers_within_its_window(prediction):

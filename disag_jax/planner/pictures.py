@@ -111,7 +111,7 @@ def _draw_roofline(axes, prediction: Prediction):
     axes.set_xlabel("FLOPs per byte sent to the other role")
     axes.set_ylabel("TFLOP/s per device")
     axes.set_title("Roofline of the links")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
 
 
 def _draw_ratios(axes, prediction: Prediction, load_factor: float | None):

@@ -24,6 +24,8 @@ COLOURS = {
 WAIT = "wait for transfers and others"
 BEFORE_LOOP = "gather weights"
 
+ROUNDING = 1e-9  # seconds by which spans that follow one another may seem to overlap
+
 # Workers and periods of a step that a panel has room for.
 SHOWN_WORKERS, SHOWN_PERIODS = 8, 40
 
@@ -122,14 +124,22 @@ def loss_name(schedule: Schedule, period: int) -> str | None:
 
 
 def write(sources: dict[str, list[Span]], path: pathlib.Path):
-    """Writes spans as a trace, by who tells them: a process a stage, a thread a track."""
+    """Writes spans as a trace, by who tells them: a process a stage, a thread a track.
+
+    What begins before the track's last span has ended, as phases of an interleaved twin do, has a
+    track beside it.
+    """
     events = []
     for number, (source, spans) in enumerate(sources.items()):
         stages = 1 + max(span.stage for span in spans)
-        tracks = {}
-        for span in spans:
-            process = number * stages + span.stage
-            thread = tracks.setdefault((process, span.stage, span.track), len(tracks))
+        tracks, ends = {}, {}
+        for span in sorted(spans, key=lambda span: span.begin):
+            process, track = number * stages + span.stage, span.track
+            # Perfetto shows no span that ends after the one in which it begins.
+            if span.begin < ends.get((process, track), 0.0) - ROUNDING:
+                track += " beside"
+            ends[process, track] = span.end
+            thread = tracks.setdefault((process, span.stage, track), len(tracks))
             events.append(
                 {"ph": "X", "pid": process, "tid": thread, "name": span.name, "cat": span.kind,
                  "ts": 1e6 * span.begin, "dur": 1e6 * (span.end - span.begin)}
