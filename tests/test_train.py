@@ -77,8 +77,9 @@ def assert_timeline_is_of_the_schedule(config, directory):
     tracks = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     schedule, split = schedule_of(config), config.split
     workers = split.attention_workers + split.expert_workers
-    own = [track for track, name in tracks.items() if not name.endswith("transfers")]
-    assert len(own) == split.stages * workers and len(tracks) == 2 * len(own)
+    own = [track for track, name in tracks.items() if "transfers" not in name]
+    # On the CPU transfers of both directions overlap: some have a track beside the other.
+    assert len(own) == split.stages * workers and len(tracks) >= 2 * len(own)
     for track in own:
         done = [e for e in events if (e["pid"], e["tid"]) == track and e["ph"] == "X"]
         done.sort(key=lambda e: e["ts"])
