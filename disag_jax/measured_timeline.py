@@ -140,7 +140,9 @@ def spans(
     found = []
     for device, work in by_device.items():
         begin = 1e-9 * (traced.periods[device][0] - traced.begin)
-        found += work + _waits(work, begin, end)
+        # A device may go on while others are in the loop.
+        after = [s.begin for s in work if s.kind == "outside" and s.begin > begin]
+        found += work + _waits(work, begin, min([end, *after]))
     return found
 
 
