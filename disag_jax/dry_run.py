@@ -13,13 +13,14 @@ import jax
 
 from disag_jax.config import Config
 from disag_jax.errors import ConfigError
-from disag_jax.geometry import placement_of
+from disag_jax.geometry import buckets, make_geometry, placement_of
 from disag_jax.memory import in_words, needed_bytes
 from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.memory_model import missing_bytes, missing_in_words
 from disag_jax.planner.prediction import Prediction, predict
 from disag_jax.planner.sizes import Sizes
 from disag_jax.schedule import Schedule
+from disag_jax.shared_loss import SharedLoss
 from disag_jax.step import Stepper
 from mesh.placement import Meshes
 
@@ -75,19 +76,33 @@ def pair_bytes(config: Config, schedule: Schedule) -> dict[str, int]:
         sum(s.num_periods for s in schedule.segments if getattr(s, f"has_{direction}"))
         for direction in ("forward", "backward")
     )
+    loss = _loss_bytes(config)
     if not config.split.colocated:
         # With hop 2 the last forward message is on its way in every period.
         sent = schedule.num_periods if schedule.hop == 2 else forwards
         return {
             "many-to-many forward": sent * sizes.message_bytes,
             "many-to-many backward": backwards * sizes.cotangent_bytes,
-        }
+        } | loss
     hidden = config.batch.tokens_per_worker * config.model.d_model * sizes.item_bytes
     exchanges = 2 if config.split.expert_workers > 1 else 0
     return {
         "all-to-all forward": exchanges * forwards * sizes.message_bytes,
         "all-to-all backward": exchanges * backwards * sizes.cotangent_bytes,
         "to the next stage": (forwards + backwards) * hidden if schedule.stages > 1 else 0,
+    } | loss
+
+
+def _loss_bytes(config: Config) -> dict[str, int]:
+    """Bytes of a step between an owner of losses and a worker that it gives a share of each."""
+    geometry = make_geometry(config, buckets(config)[0])
+    shared, losses = SharedLoss(geometry), config.batch.micro_batches
+    if shared.is_local:
+        return {}
+    gradient = shared.share_tokens * geometry.D * geometry.compute_dtype.itemsize
+    return {
+        "loss tokens": losses * shared.codec.num_words * shared.codec.word_bytes,
+        "loss gradients": losses * gradient,
     }
 
 

@@ -71,13 +71,16 @@ class Loop:
         schedule = self.schedule
         tables = (schedule.forward, schedule.backward, schedule.loss)
         carry = self._start(with_gradients)
-        for begin, end, forward, backward in schedule.segments:
+        for segment in schedule.segments:
+            begin, end, forward, backward = segment
             rows = jax.tree.map(lambda table, b=begin, e=end: jnp.asarray(table[b:e]), tables)
 
             def period(carry, row, forward=forward, backward=backward):
                 return self._period(carry, row, forward, backward), None
 
-            carry, _ = lax.scan(period, carry, rows)
+            # The name by which a trace tells the loops apart (disag_jax/measured_timeline.py).
+            with jax.named_scope(segment.name):
+                carry, _ = lax.scan(period, carry, rows)
         return carry
 
     def _start(self, with_gradients: bool) -> Carry:

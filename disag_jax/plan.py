@@ -63,6 +63,8 @@ def make_plan(
             f"tokens_per_worker = {fixed.tokens_per_worker} must be a positive multiple of "
             f"batch.sequence_length = {length}"
         )
+    if fixed.hop not in (None, 1, 2):
+        raise ConfigError(f"hop = {fixed.hop} must be 1 or 2")
     if load_factor is not None and not 1 <= load_factor < math.inf:
         raise ConfigError(
             f"load_factor = {load_factor} must be finite and at least 1, the busiest worker's rows "

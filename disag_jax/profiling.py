@@ -58,11 +58,12 @@ class Profiler:
     are named by their host alone. Tracing slows its steps down.
     """
 
-    def __init__(self, directory: pathlib.Path, steps: range | None):
+    def __init__(self, directory: pathlib.Path, steps: range | None, then=None):
+        """then: called with the directory when a trace has been written into it."""
         several = jax.process_count() > 1
         self._directory = directory / f"process_{jax.process_index()}" if several else directory
         self._steps = steps or range(0)
-        self._is_tracing = False
+        self._is_tracing, self._then = False, then
 
     def before_step(self, state: TrainState) -> bool:
         """Starts or ends the trace if `state.step` is the step to do so at; whether it did."""
@@ -83,6 +84,9 @@ class Profiler:
 
     def close(self):
         """Ends a trace under way and writes it."""
-        if self._is_tracing:
-            jax.profiler.stop_trace()
+        if not self._is_tracing:
+            return
         self._is_tracing = False
+        jax.profiler.stop_trace()
+        if self._then is not None:
+            self._then(self._directory)

@@ -166,13 +166,13 @@ def make_schedule(
     distances = _unit_distances(hop, colocated)
     start, loss_distance = _starts(num_layers, stages, micro_batches, sum(distances))
     num_periods = int(start[-1]) + 2 * loss_distance + 1
-    forward, backward = (_idle_table(num_periods, stages) for _ in range(2))
-    _place_units(forward, start, distances, num_layers)
-    _place_units(backward, start + 2 * loss_distance, [-d for d in distances], num_layers)
-    stash_slots = _assign_slots(forward, backward)
+    forward, backward = (idle_table(num_periods, stages) for _ in range(2))
+    place_units(forward, start, distances, num_layers)
+    place_units(backward, start + 2 * loss_distance, [-d for d in distances], num_layers)
+    stash_slots = assign_slots(forward, backward)
     return Schedule(
         num_layers, stages, micro_batches, hop, colocated, forward, backward,
-        _place_losses(start + loss_distance, num_periods), stash_slots,
+        place_losses(start + loss_distance, num_periods), stash_slots,
     )  # fmt: skip
 
 
@@ -183,11 +183,11 @@ def make_forward_schedule(
     distances = _unit_distances(hop, colocated)
     start, loss_distance = _starts(num_layers, stages, micro_batches, sum(distances))
     num_periods = int(start[-1]) + loss_distance + 1
-    forward, backward = (_idle_table(num_periods, stages) for _ in range(2))
-    _place_units(forward, start, distances, num_layers)
+    forward, backward = (idle_table(num_periods, stages) for _ in range(2))
+    place_units(forward, start, distances, num_layers)
     return Schedule(
         num_layers, stages, micro_batches, hop, colocated, forward, backward,
-        _place_losses(start + loss_distance, num_periods), (0, 0),
+        place_losses(start + loss_distance, num_periods), (0, 0),
     )  # fmt: skip
 
 
@@ -215,13 +215,13 @@ def _starts(num_layers, stages, micro_batches, layer_distance) -> tuple[np.ndarr
     return layer_distance * rounded_up * wave + place, layer_distance * num_layers
 
 
-def _idle_table(num_periods, stages) -> np.ndarray:
+def idle_table(num_periods, stages) -> np.ndarray:
     table = np.zeros([num_periods, stages, len(Role), len(Column)], np.int32)
     table[..., Column.MICRO_BATCH] = IDLE
     return table
 
 
-def _place_units(table, first, distances, num_layers):
+def place_units(table, first, distances, num_layers):
     """Writes the chains of all micro-batches, whose A(0) run in the periods `first` [K]."""
     stages = table.shape[1]
     for layer in range(num_layers):
@@ -232,13 +232,13 @@ def _place_units(table, first, distances, num_layers):
             table[periods, stage, role, Column.ROW] = row
 
 
-def _place_losses(periods, num_periods) -> np.ndarray:
+def place_losses(periods, num_periods) -> np.ndarray:
     loss = np.full([num_periods], IDLE, np.int32)
     loss[periods] = np.arange(len(periods))
     return loss
 
 
-def _assign_slots(forward, backward) -> tuple[int, int]:
+def assign_slots(forward, backward) -> tuple[int, int]:
     """Fills in the stash slots of both tables; returns how many each role needs.
 
     Interval colouring: a unit takes a free slot in its forward phase and gives it back in its

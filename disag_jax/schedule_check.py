@@ -6,12 +6,14 @@ from disag_jax.schedule import IDLE, Schedule
 from mesh.roles import Role
 
 
-def check(schedule: Schedule):
+def check(schedule: Schedule, backward_hop: int | None = None):
     """Raises AssertionError, with a sentence that says where, unless the schedule can be executed.
 
     Every unit runs exactly once, on the worker that holds its layer. Every message is used `hop`
     periods after it was made. The stage that owns a loss sends nothing else backward in that
     period. Every unit input stays in its stash slot from the forward to the backward unit.
+
+    backward_hop: of messages after the loss, where it is not the schedule's.
     """
     _check_shapes(schedule)
     if schedule.colocated:
@@ -21,7 +23,7 @@ def check(schedule: Schedule):
         backward = _unit_periods(schedule, schedule.backward, "backward")
         chain.append(backward[:, ::-1])
         _check_loss_sends_alone(schedule)
-    _check_hops(schedule, np.concatenate(chain, axis=1))
+    _check_hops(schedule, np.concatenate(chain, axis=1), backward_hop or schedule.hop)
     _check_stash(schedule)
 
 
@@ -92,15 +94,16 @@ def _check_loss_sends_alone(schedule):
         )
 
 
-def _check_hops(schedule, periods_KC):
+def _check_hops(schedule, periods_KC, backward_hop):
     """Checks that each step of a micro-batch's chain [K, C] runs one hop after the one before.
 
     Co-located, what A(l) makes is used at once by F(l), forward and, from F(l) to A(l), backward.
     """
     waits = np.diff(periods_KC)
+    loss = 2 * schedule.num_layers
     expected = np.full(waits.shape[1], schedule.hop)
+    expected[loss:] = backward_hop
     if schedule.colocated:
-        loss = 2 * schedule.num_layers
         expected[0:loss:2] = 0
         expected[loss + 1 :: 2] = 0
     for micro_batch, step in np.argwhere(waits != expected).tolist():

@@ -1,4 +1,4 @@
-"""Reads a trace of GPUs: how long each computed, communicated, and did nothing but communicate."""
+"""Reads a trace: how long each GPU computed and communicated, and when which operation ran."""
 
 import collections
 import pathlib
@@ -12,6 +12,10 @@ from disag_jax.errors import ConfigError
 
 # Lines of a device's plane that hold what ran on it; others repeat it by operation or by module.
 STREAM = re.compile(r"^Stream #")
+GPU = re.compile(r"^/device:GPU:(\d+)")
+HOST = "/host:CPU"
+# The name of the annotation around a step (disag_jax/training.py).
+STEP = "step"
 COMMUNICATION = re.compile(r"nccl", re.IGNORECASE)
 
 
@@ -41,12 +45,67 @@ class DeviceTime(NamedTuple):
         return 1 - self.exposed / self.communication if self.communication else 1.0
 
 
+class Operation(NamedTuple):
+    """One execution of an operation of a compiled program, in nanoseconds."""
+
+    program: str
+    name: str
+    begin: float
+    end: float
+
+
+class Operations(NamedTuple):
+    """What a process's trace says of its compiled programs.
+
+    Attributes:
+      by_device: what ran on each device, by the device's number in its process.
+      steps: when the host began each step, by its number; nanoseconds.
+    """
+
+    by_device: dict[int, list[Operation]]
+    steps: dict[int, float]
+
+
+def operations(directory) -> Operations:
+    """The operations of the newest trace under a directory; ConfigError if there is none.
+
+    XLA names each kernel's operation on GPUs, and on the CPU all that its threads execute.
+    """
+    paths = sorted(pathlib.Path(directory).rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
+    if not paths:
+        raise ConfigError(f"{directory} must hold a trace")
+    planes = list(jax.profiler.ProfileData.from_file(str(paths[-1])).planes)
+    gpus = {int(found.group(1)): plane for plane in planes if (found := GPU.match(plane.name))}
+    by_device, steps = collections.defaultdict(list), {}
+    for plane in planes:
+        if plane.name == HOST:
+            for line in plane.lines:
+                for event in line.events:
+                    if event.name == STEP:
+                        steps[dict(event.stats)["step_num"]] = event.start_ns
+                    elif not gpus:
+                        stats = dict(event.stats)
+                        _add_operation(by_device[stats.get("device_ordinal")], event, stats)
+    for number, plane in gpus.items():
+        for line in plane.lines:
+            if STREAM.match(line.name):
+                for event in line.events:
+                    _add_operation(by_device[number], event, dict(event.stats))
+    return Operations({int(n): ran for n, ran in by_device.items() if ran}, steps)
+
+
+def _add_operation(ran: list[Operation], event, stats: dict):
+    if "hlo_op" in stats and "hlo_module" in stats:
+        end = event.start_ns + event.duration_ns
+        ran.append(Operation(stats["hlo_module"], stats["hlo_op"], event.start_ns, end))
+
+
 def device_times(directory) -> dict[str, DeviceTime]:
     """The times of each GPU in the traces under a directory; ConfigError if there are none."""
     spans = collections.defaultdict(lambda: ([], []))
     for path in sorted(pathlib.Path(directory).rglob("*.xplane.pb")):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            if plane.name.startswith("/device:GPU"):
+            if GPU.match(plane.name):
                 for line in plane.lines:
                     if STREAM.match(line.name):
                         _sort_events(line.events, *spans[plane.name])

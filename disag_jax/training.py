@@ -2,12 +2,13 @@
 
 import functools
 import math
+import pathlib
 import time
 
 import jax
 import numpy as np
 
-from disag_jax import auto_placement, processes, startup_report
+from disag_jax import auto_placement, measured_timeline, processes, startup_report
 from disag_jax.bad_numbers import SkippedSteps
 from disag_jax.checkpoint import Checkpoints
 from disag_jax.config import Config, ConfigError, Dtype
@@ -18,7 +19,7 @@ from disag_jax.metrics import StepMeter
 from disag_jax.metrics_log import MetricsLog
 from disag_jax.outputs import Outputs
 from disag_jax.planner.hardware import load
-from disag_jax.planner.prediction import step_seconds
+from disag_jax.planner.prediction import Prediction, predict
 from disag_jax.preemption import StopRequest
 from disag_jax.profiling import Profiler, Stopwatch
 from disag_jax.state import TrainState
@@ -50,13 +51,15 @@ def train(
     or stuck it ends this one (disag_jax/watchdog.py).
 
     hardware: what the planner plans for where split.placement is auto, and whose prediction steps
-      are compared with; None is the devices here, and the run's own steps.
+      and timelines are compared with; None is the devices here, and the run's own steps.
     """
     config = auto_placement.resolve(config, hardware)
     config.validate()
-    expected = step_seconds(config, load(hardware)) if hardware else None
+    prediction = predict(config, load(hardware)) if hardware else None
     with Watchdog(config) as watchdog:
-        return _train(config, workdir, watchdog, resume, step, stop_after, profile_steps, expected)
+        return _train(
+            config, workdir, watchdog, resume, step, stop_after, profile_steps, prediction
+        )
 
 
 def _train(
@@ -67,7 +70,7 @@ def _train(
     step: int | None,
     stop_after: int | None,
     profile_steps: range | None,
-    expected_step_seconds: float | None,
+    prediction: Prediction | None,
 ) -> dict | None:
     enable_float64(config)
     processes.check_same_config(config)
@@ -108,13 +111,19 @@ def _train(
         raise ConfigError(f"--stop_after = {stop_after} must be after the start, step {state.step}")
     processes.on_first(lambda: directory.write_config(config, digest))
     steps = range(state.step, config.run.num_steps)
+    display = make_display(config)
+
+    def draw_trace(traced: pathlib.Path):
+        watchdog.at("the timeline of the trace")
+        display.say(_timeline(traced, stepper, prediction))
+
     outputs = Outputs(
         config,
-        make_display(config),
+        display,
         MetricsLog(directory.metrics, directory.tensorboard, next_step=state.step + 1),
         checkpoints,
         watchdog,
-        Profiler(directory.profile, profile_steps),
+        Profiler(directory.profile, profile_steps, draw_trace),
     )
     try:
         outputs.display.say(startup_report.start_up(stepper, inputs.description))
@@ -123,7 +132,7 @@ def _train(
             StopRequest(stop_after) as stop,
             Prefetch(read, steps, config.data.prefetch_steps) as batches,
         ):
-            stragglers = Stragglers(config, meshes, expected_step_seconds)
+            stragglers = Stragglers(config, meshes, prediction and prediction.step_seconds)
             state = _loop(stepper, state, batches, inputs, outputs, stragglers, stop, watchdog)
         result = None
         if state.step == config.run.num_steps:
@@ -136,6 +145,15 @@ def _train(
         return result
     finally:
         outputs.close()
+
+
+def _timeline(traced: pathlib.Path, stepper: Stepper, prediction: Prediction | None) -> str:
+    """Draws the steps of a trace; says where, or why not: the run goes on all the same."""
+    try:
+        paths = measured_timeline.write(traced, stepper, prediction)
+    except Exception as error:  # whatever a trace holds, it is no reason to lose a run
+        return f"warning: no timeline of the trace in {traced}: {error}"
+    return f"timeline  of the last step traced: {', '.join(paths)}"
 
 
 def make_meshes(config: Config) -> Meshes:

@@ -9,10 +9,11 @@ Legend: B sequences, S positions, H query heads, G key/value heads, A head width
 """
 
 import functools
-import os
 
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from mesh import runtime
 
 _LAYOUT = cudnn.AttentionLayout.BTNH.value
 
@@ -74,7 +75,7 @@ def _mark_deterministic(make_config):
     return marked
 
 
-if "--xla_gpu_deterministic_ops=true" in os.environ.get("XLA_FLAGS", ""):
+if all(runtime.is_on(flag) for flag in runtime.DETERMINISTIC_FLAGS):
     cudnn.create_dot_product_attention_backend_config_base = _mark_deterministic(
         cudnn.create_dot_product_attention_backend_config_base
     )

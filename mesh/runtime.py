@@ -5,6 +5,7 @@ all of it when the first device is asked for.
 """
 
 import os
+import shlex
 
 # Of GPUs. XLA ends a process that sets a flag it does not know: only flags of all versions that the
 # requirements admit.
@@ -29,7 +30,6 @@ SOCKETS = {
 }
 NETWORKS = {"default": {}, "sockets": SOCKETS}
 NETWORK_HELP = "sockets makes NCCL use loopback sockets, a slow network, on one machine"
-# layers/cudnn_attention.py looks at it too.
 DETERMINISTIC_FLAGS = {"--xla_gpu_deterministic_ops": "true"}
 
 
@@ -72,3 +72,19 @@ def _add_flags(flags: dict[str, str], override: bool):
     kept = [flag for flag in given if not (override and flag.split("=")[0] in flags)]
     added = [f"{k}={v}" for k, v in flags.items() if override or k not in names]
     os.environ["XLA_FLAGS"] = " ".join(kept + added)
+
+
+def is_on(flag: str) -> bool:
+    """Whether the environment has a boolean flag of XLA on, as XLA reads it; absent is off.
+
+    XLA takes `=true` and `=1` in any case and the bare flag, and the last one wins; it ends the
+    process at other spellings.
+    """
+    values = [
+        value.lower()
+        for name, _, value in (
+            given.partition("=") for given in shlex.split(os.environ.get("XLA_FLAGS", ""))
+        )
+        if name == flag
+    ]
+    return bool(values) and values[-1] in ("", "true", "1")

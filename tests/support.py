@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+from jax.extend import core
 from jax.sharding import NamedSharding
 
 from disag_jax.batches import Batch
@@ -127,3 +128,11 @@ def relative_error(actual, expected) -> float:
     """Norm of the difference over the norm of the expected array."""
     difference = np.linalg.norm(np.asarray(actual) - np.asarray(expected))
     return float(difference / max(np.linalg.norm(expected), 1e-30))
+
+
+def subprograms(jaxpr):
+    """A jaxpr and all those in its equations."""
+    yield jaxpr
+    for equation in jaxpr.eqns:
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from subprograms(inner)

@@ -6,7 +6,6 @@ import re
 import jax
 import numpy as np
 import pytest
-from jax.extend import core
 
 from disag_jax import overlap
 from disag_jax.chunks import Chunks
@@ -40,14 +39,6 @@ REGROUPED = config_of(overlap=Overlap.CHUNKED, forward_chunks=2, backward_chunks
 INTERLEAVED = config_of(overlap=Overlap.INTERLEAVED)
 
 
-def subprograms(jaxpr):
-    """A jaxpr and all those in its equations."""
-    yield jaxpr
-    for equation in jaxpr.eqns:
-        for inner in core.jaxprs_in_params(equation.params):
-            yield from subprograms(inner)
-
-
 def loop_with(config, scopes):
     """The body of the one loop whose collectives are in all these scopes, and no others'."""
     stepper = support.make_stepper(config)
@@ -55,7 +46,7 @@ def loop_with(config, scopes):
     whole = program.trace(*stepper.abstract_arguments()).jaxpr.jaxpr
     (body,) = [
         jaxpr
-        for jaxpr in subprograms(whole)
+        for jaxpr in support.subprograms(whole)
         if {scope(e) for e in jaxpr.eqns if e.primitive.name in COLLECTIVES} == scopes
     ]
     return body

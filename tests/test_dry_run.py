@@ -60,6 +60,47 @@ def test_bytes_of_a_pair_are_those_of_its_messages(hop):
     assert found["many-to-many forward"] == periods * sizes.message_bytes
 
 
+@pytest.mark.parametrize(
+    "split",
+    [
+        # Two shares for each of two owners, the last not full, and one worker without any.
+        SplitConfig(stages=1, attention_workers=2, expert_workers=3),
+        SplitConfig(
+            stages=3, attention_workers=2, expert_workers=2, placement=PlacementKind.COLOCATED
+        ),
+    ],
+)
+def test_bytes_of_losses_are_those_that_the_program_permutes(split):
+    config = make_config(split, num_layers=3)
+    config.batch.sequence_length = config.batch.tokens_per_worker = 63
+    stepper = support.make_stepper(config.validate())
+    program = stepper.gradient_program(stepper.chooser.current)
+    whole = program.trace(*stepper.abstract_arguments()).jaxpr.jaxpr
+    found = dry_run.pair_bytes(config, stepper.schedule)
+    owner = 0  # of stage 3 mod the number of stages
+    for scope, kind in (
+        ("scatter_loss_tokens", "loss tokens"), ("gather_loss_gradient", "loss gradients"),
+    ):  # fmt: skip
+        sent = []
+        for jaxpr in support.subprograms(whole):
+            permutes = [
+                e for e in jaxpr.eqns
+                if e.primitive.name == "ppermute" and scope in str(e.source_info.name_stack)
+            ]  # fmt: skip
+            # What a worker exchanges with one owner, in one loss.
+            pairs = [(e.params["perm"], e.invars[0].aval) for e in permutes]
+            met = [aval for perm, aval in pairs for a, b in perm if {a, b} == {owner, 2}]
+            sent += [sum(aval.size * aval.dtype.itemsize for aval in met)] * bool(permutes)
+        assert sent and set(sent) == {found[kind] / config.batch.micro_batches} != {0}
+
+
+def test_a_twin_of_one_stage_keeps_its_losses_to_itself():
+    split = SplitConfig(attention_workers=2, expert_workers=2, placement=PlacementKind.COLOCATED)
+    config = make_config(split)
+    found = dry_run.pair_bytes(config, schedule_of(config))
+    assert not [name for name in found if "loss" in name]
+
+
 def test_auto_chooses_a_split_of_the_devices_and_keeps_the_tokens(capsys):
     config = auto_config()
     before = copy.deepcopy(config)

@@ -1,9 +1,6 @@
 """Pictures of a plan: what they show is the simulated step, and nothing is written on bad input."""
 
-import collections
 import dataclasses
-import itertools
-import json
 
 import pytest
 from matplotlib.figure import Figure
@@ -29,35 +26,6 @@ def prediction(request):
     config = balanced.get_config()
     config.split, config.batch.micro_batches = SPLITS[request.param], 30
     return predict(config.validate(), hardware.load("h100"))
-
-
-def test_spans_are_the_step(prediction):
-    found = pictures.spans(prediction)
-    tracks = collections.defaultdict(list)
-    for span in found:
-        tracks[span.stage, span.role].append(span)
-    assert len(tracks) == len(prediction.workers)
-    config, split = prediction.config, prediction.config.split
-    for (_, _), spans in tracks.items():
-        counts = collections.Counter(span.kind for span in spans)
-        layers = config.model.num_layers // split.stages
-        assert counts["forward"] == counts["backward"] == layers * config.batch.micro_batches
-        assert counts["loss"] == config.batch.micro_batches
-        spans.sort(key=lambda span: span.begin)
-        for before, after in itertools.pairwise(spans):
-            assert before.end <= after.begin + 1e-9
-    # The run that the prediction made leaves waves out, the pictures do not.
-    last = max(span.end for span in found)
-    assert last == pytest.approx(prediction.run.seconds)
-
-
-def test_timeline_is_a_trace(prediction, tmp_path):
-    path = tmp_path / "timeline.json"
-    pictures.write_timeline(prediction, str(path))
-    events = json.loads(path.read_text())["traceEvents"]
-    assert {event["ph"] for event in events} == {"X", "M"}
-    assert sum(event["ph"] == "X" for event in events) == len(pictures.spans(prediction))
-    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
 
 
 def test_page_is_drawn(prediction, tmp_path):

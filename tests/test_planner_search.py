@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from configs import balanced, qwen3_235b
 from disag_jax import plan
-from disag_jax.config import PlacementKind, Recompute
+from disag_jax.config import PlacementKind, Recompute, SplitConfig
 from disag_jax.errors import ConfigError
 from disag_jax.planner import hardware, search
-from disag_jax.planner.advice import Advice, advise
+from disag_jax.planner.advice import Advice, advise, uneven_roles
 from disag_jax.planner.prediction import predict, step_seconds
 from disag_jax.planner.search import Fixed
 
@@ -149,6 +149,48 @@ def test_colocation_is_advised_for_shapes_too_lopsided_for_the_devices():
     made = plan.make_plan(config, H100, 2)
     assert made.advice.placement is PlacementKind.COLOCATED
     assert made.advice.advantage > 1.3
+    # It says what would have to change: how uneven the roles are, and a division that is not.
+    words = r"as 1 \+ 1 an attention worker has (\S+) times the work of an expert worker: "
+    found = re.search(words + r"(\d+) \+ (\d+) \((\d+) devices\)", made.advice.sentence)
+    ratio, attention, experts, devices = map(float, found.groups())
+    apart = next(p for label, p in made.rows if "disaggregated" in label)
+    attention_seconds, expert_seconds = (
+        apart.unit_seconds[f"{role}_forward"] + apart.unit_seconds[f"{role}_backward"]
+        for role in ("attention", "expert")
+    )
+    assert ratio == pytest.approx(attention_seconds / expert_seconds, rel=0.05)
+    assert devices == attention + experts and ratio < 0.5
+    # One worker's work of each role now, over that many.
+    busy = attention_seconds / attention, expert_seconds / experts
+    assert max(busy) <= 1.1 * (attention_seconds + expert_seconds) / devices
+
+
+def test_even_roles_are_not_called_uneven():
+    config = small(num_layers=8)
+    config.split = SplitConfig(attention_workers=1, expert_workers=1)
+    units = predict(config, H100, 1.0).unit_seconds
+    parts = ("forward", "backward")
+    attention, expert = (
+        sum(units[f"{role}_{part}"] for part in parts) for role in ("attention", "expert")
+    )
+
+    def slower(role, factor):
+        fits = {
+            f"{role}_{part}": hardware.UnitFit(
+                1e6 * factor * units[f"{role}_{part}"], 0, 0, 0, 1, 3
+            )
+            for part in parts
+        }
+        return dataclasses.replace(H100, unit_fits=fits)
+
+    alike = slower("attention", expert / attention)
+    assert uneven_roles(config, alike, 1.0) is None
+    much = uneven_roles(config, slower("attention", 3 * expert / attention), 1.0)
+    assert much.endswith(
+        "has 3 times the work of an expert worker: 3 + 1 (4 devices) would be about even"
+    )
+    nearly = uneven_roles(config, slower("attention", 1.4 * expert / attention), 1.0)
+    assert nearly is None
 
 
 def test_advice_names_a_change_that_does_turn_it_around():
@@ -224,6 +266,7 @@ def test_no_worker_has_more_than_everything():
         (dict(num_devices=8, fixed=Fixed(stages=3)),
          r"num_devices = 8 must divide into replicas x stages x workers .* with stages = 3"),
         (dict(num_devices=8, fixed=Fixed(stages=2, replicas=3)), r"with replicas = 3, stages = 2"),
+        (dict(num_devices=8, fixed=Fixed(hop=3)), r"^hop = 3 must be 1 or 2$"),
         *[(dict(num_devices=8, load_factor=bad), rf"load_factor = {bad} must be finite and at l")
           for bad in (0.5, math.nan, math.inf)],
         *[(dict(num_devices=8, fixed=Fixed(tokens_per_worker=bad)),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disag_jax.planner import simulator
+from disag_jax.planner import mixed_hop, simulator
 from disag_jax.planner.simulator import Timing
 from disag_jax.schedule import IDLE, Column, make_schedule
 from mesh.m2n import forward_pairs
@@ -53,8 +53,11 @@ def test_table_is_the_schedules(size):
     assert simulator.stash_slots(*size) == schedule.stash_slots
 
 
-def event_loop(schedule, timing: Timing, placement: Placement) -> float:
-    """Seconds of a schedule, worker by worker and round by round, from the pipeline's own pairs."""
+def event_loop(schedule, timing: Timing, placement: Placement, backward_hop=None) -> float:
+    """Seconds of a schedule, worker by worker and round by round, from the pipeline's own pairs.
+
+    backward_hop: where it is not the schedule's.
+    """
     workers = range(placement.workers)
     units = 1 if placement.colocated else 2
 
@@ -94,7 +97,17 @@ def event_loop(schedule, timing: Timing, placement: Placement) -> float:
                 if segment.has_backward:
                     has_unit = runs(schedule.backward, t, w)
                     backward[w] = (timing.backward if has_unit else timing.idle_backward)[c]
-            if schedule.hop == 1:
+            if backward_hop == 2:
+                arrived = now
+                if segment.has_backward:
+                    arrived = transfer(now, timing.backward_transfer)
+                made = {w: max(now[w] + forward[w], arrived[w]) for w in workers}
+                sent = arrived
+                if segment.has_forward:
+                    sent = transfer(made, timing.forward_transfer)
+                # Nothing of this period needs what is under way in it.
+                now = {w: max(now[w] + forward[w] + backward[w], sent[w]) for w in workers}
+            elif schedule.hop == 1:
                 arrived = now
                 if segment.has_backward:
                     arrived = transfer(now, timing.backward_transfer)
@@ -124,6 +137,18 @@ def test_simulator_equals_an_event_loop(size, group, seed):
     slow = event_loop(schedule, timing, placement)
     fast = simulator.simulate(timing, *size[:4], colocated=colocated, shorten=False).seconds
     assert fast == pytest.approx(slow, rel=1e-12)
+
+
+@settings(max_examples=30)
+@given(sizes(max_waves=3), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_mixed_hops_equal_an_event_loop(size, group, seed):
+    layers, stages, micro_batches, *_ = size
+    placement = Placement(1, stages, group, group)
+    timing = make_timing(np.random.default_rng(seed), 2 * stages, placement.rounds)
+    schedule = mixed_hop.make_mixed_schedule(layers, stages, micro_batches)
+    slow = event_loop(schedule, timing, placement, backward_hop=2)
+    run = simulator.execute(mixed_hop.table_of(schedule, (1, 2)), timing)
+    assert run.seconds == pytest.approx(slow, rel=1e-12)
 
 
 @settings(max_examples=30)

@@ -74,9 +74,13 @@ def test_trace_has_the_steps_and_the_named_scopes(tmp_path):
 
 
 def test_a_trace_ends_with_the_run(tmp_path):
-    profiler = profiling.Profiler(tmp_path, range(1, 100))
+    written = []
+    profiler = profiling.Profiler(tmp_path, range(1, 100), written.append)
     profiler.before_step(FakeState(1))
+    assert not written
     profiler.close()
+    profiler.close()
+    assert written == [tmp_path]
     assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
 
 
@@ -92,6 +96,8 @@ def test_programs_carry_the_names_of_the_code():
         "m2n_forward", "m2n_backward", "add_gradients", "reduce_gradients", "reduce_metrics",
     ):  # fmt: skip
         assert re.search(rf'["/]{scope}["/]', text), scope
+    for segment in stepper.schedule.segments:
+        assert re.search(rf'["/]{segment.name}/while', text)
     assert "jit_training_pipeline" in text
     for name, lowered in stepper.manager.lower_updates().items():
         assert f"jit_update_{name}" in lowered.as_text()

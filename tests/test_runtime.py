@@ -1,6 +1,8 @@
 """XLA flags and environment variables: defaults that whatever the user has set outlives."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -44,3 +46,54 @@ def test_simulated_devices_are_as_many_as_asked_for(environment):
     found = flags(os.environ)
     assert found["--xla_force_host_platform_device_count"] == "6" and found["--xla_other"] == "1"
     assert os.environ["JAX_PLATFORMS"] == "cpu" and int(os.environ["PJRT_NPROC"]) >= 32
+
+
+# Another boolean of the same parser, off by default, which XLA lets us look at.
+SEEN = "--xla_cpu_enable_fast_math"
+XLA_READS = """\
+from jaxlib import xla_client
+options = xla_client.CompileOptions().executable_build_options.debug_options
+print(options.xla_cpu_enable_fast_math)
+"""
+
+
+@pytest.mark.parametrize(
+    "given, on",
+    [
+        ("", False),
+        ("{}=true", True),
+        ("{}=True", True),
+        ("{}=1", True),
+        ("{}", True),
+        ("{}='TRUE'", True),
+        ("{}=false", False),
+        ("{}=0", False),
+        ("{}=true --xla_gpu_autotune_level=1 {}=false", False),
+        ("{}=0  {}", True),
+    ],
+)
+def test_boolean_flags_are_read_as_xla_reads_them(environment, given, on):
+    environment.setenv("XLA_FLAGS", given.format(SEEN, SEEN))
+    assert runtime.is_on(SEEN) is on
+    assert not runtime.is_on("--xla_cpu_enable_fast") and not runtime.is_on("--xla")
+    ours = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", XLA_READS], env=ours, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(on)
+
+
+@pytest.mark.parametrize(
+    "given, expected", [("", "False"), ("=1", "True"), ("=True", "True"), ("=false", "False")]
+)
+def test_attention_is_deterministic_where_xla_is(environment, given, expected):
+    environment.setenv("XLA_FLAGS", given and f"--xla_gpu_deterministic_ops{given}")
+    program = (
+        "from layers import cudnn_attention as ours\n"
+        "make = ours.cudnn.create_dot_product_attention_backend_config_base\n"
+        "print(hasattr(make, '__wrapped__'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected

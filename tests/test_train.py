@@ -13,6 +13,7 @@ from configs import tiny
 from disag_jax import startup_report, training
 from disag_jax.bad_numbers import NonFiniteLossError
 from disag_jax.config import ConfigError, Dtype, PlacementKind, SplitConfig
+from disag_jax.schedule import IDLE, schedule_of
 from disag_jax.step import Stepper
 from tests import support
 
@@ -48,6 +49,8 @@ def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
     (trace,) = pathlib.Path(workdir).glob("profile/plugins/profile/*/*.xplane.pb")
     for scope in (b"attention_forward", b"expert_forward", b"m2n_forward", b"input_wait"):
         assert scope in trace.read_bytes()
+    assert "timeline  of the last step traced" in printed
+    assert_timeline_is_of_the_schedule(config, pathlib.Path(workdir) / "profile")
 
     with pytest.raises(ConfigError, match=r"step = 3 must be one of the checkpoints .*: 2, 4, 6$"):
         training.train(config, workdir, resume=True, step=3)
@@ -66,6 +69,34 @@ def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
     for first, second in zip(steps[4:], again, strict=True):
         assert first["loss"] == second["loss"] and first["gradient_norm"] == second["gradient_norm"]
     assert training.train(config, workdir, resume=True) == result
+
+
+def assert_timeline_is_of_the_schedule(config, directory):
+    """Each worker ran its row of the table in its order, and nothing else."""
+    events = json.loads((directory / "timeline.json").read_text())["traceEvents"]
+    tracks = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    schedule, split = schedule_of(config), config.split
+    workers = split.attention_workers + split.expert_workers
+    own = [track for track, name in tracks.items() if "transfers" not in name]
+    # On the CPU transfers of both directions overlap: some have a track beside the other.
+    assert len(own) == split.stages * workers and len(tracks) >= 2 * len(own)
+    for track in own:
+        done = [e for e in events if (e["pid"], e["tid"]) == track and e["ph"] == "X"]
+        done.sort(key=lambda e: e["ts"])
+        role = int(tracks[track].startswith("expert"))
+        for kind in ("forward", "backward"):
+            table = getattr(schedule, kind)[:, track[0], role].tolist()
+            assert [e["name"] for e in done if e["cat"] == kind] == [
+                f"{kind} of micro-batch {micro_batch}, layer {row * split.stages + track[0]}"
+                for micro_batch, row, _ in table
+                if micro_batch != IDLE
+            ]
+        assert [e["name"] for e in done if e["cat"] == "loss"] == [
+            f"loss of micro-batch {i}" for i in range(config.batch.micro_batches)
+        ]
+        outside = {e["name"] for e in done if e["cat"] == "outside"}
+        assert outside == {"gather weights", "reduce gradients", "optimizer"}
+    assert (directory / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_nan_loss_stops_the_run_and_says_the_step(small_run, monkeypatch, capsys):

@@ -5,8 +5,15 @@ import dataclasses
 import math
 
 from disag_jax.config import Config, PlacementKind
+from disag_jax.planner.costs import Costs
 from disag_jax.planner.hardware import Hardware
+from disag_jax.planner.prediction import assumed_load_factor
 from disag_jax.planner.search import Fixed, Found, search
+from disag_jax.planner.sizes import Sizes
+
+# Of the busier role's time over that of roles alike: what counts as uneven, and as even.
+UNEVEN, EVEN = 0.2, 0.1
+MOST_WORKERS = 64  # of a stage, that are tried to make the roles even
 
 LENGTHS = (2, 4, 8)
 RATES = (2, 4, 8)
@@ -21,6 +28,7 @@ class Advice:
       advantage: speed over the other placement's best; None where the other fits nowhere.
       changes: the least change of each kind tried that makes the other one faster, in words.
       fixed: what held for every split that was tried.
+      balance: where co-location wins and the roles are uneven, what would make them even, in words.
       sentence: all of it.
     """
 
@@ -28,9 +36,14 @@ class Advice:
     advantage: float | None
     changes: list[str]
     fixed: Fixed
+    balance: str | None = None
 
     @property
     def sentence(self) -> str:
+        return f"{self._verdict}; {self.balance}" if self.balance else self._verdict
+
+    @property
+    def _verdict(self) -> str:
         verb = "co-locate" if self.placement is PlacementKind.COLOCATED else "disaggregate"
         if self.advantage is None:
             wanted = f" with {self.fixed}" if str(self.fixed) else ""
@@ -95,7 +108,44 @@ def advise(
             if reason is not None:
                 changes.append(words + reason)
                 break
-    return Advice(first, advantage, changes, fixed)
+    balance = None
+    if first is PlacementKind.COLOCATED:
+        balance = uneven_roles(second_found.config, hardware, load_factor)
+    return Advice(first, advantage, changes, fixed, balance)
+
+
+def uneven_roles(config: Config, hardware: Hardware, load_factor: float | None) -> str | None:
+    """How uneven the roles of a disaggregated split are, and which workers would make them even.
+
+    None where they are about even. No role gets fewer workers than it has, so that memory is no
+    worse; how the time of a unit changes with its size is left out.
+    """
+    split = config.split
+    units = Costs(Sizes.of(config, assumed_load_factor(config, load_factor)), hardware).unit_seconds
+    attention, expert = (
+        units[f"{role}_forward"] + units[f"{role}_backward"] for role in ("attention", "expert")
+    )
+    now = split.attention_workers, split.expert_workers
+    work = attention * now[0], expert * now[1]
+
+    def longest(workers) -> float:
+        """Time of the busier role over that of both alike."""
+        return max(w / n for w, n in zip(work, workers, strict=True)) * sum(workers) / sum(work)
+
+    if longest(now) <= 1 + UNEVEN:
+        return None
+    text = (
+        f"as {now[0]} + {now[1]} an attention worker has {attention / expert:.2g} times the work "
+        "of an expert worker"
+    )
+    experts = range(now[1], config.model.num_experts + 1)
+    for total in range(sum(now) + 1, MOST_WORKERS + 1):
+        for n in experts:
+            even = total - n, n
+            if even[0] >= now[0] and longest(even) <= 1 + EVEN:
+                devices = split.replicas * split.stages * total
+                return f"{text}: {even[0]} + {n} ({devices} devices) would be about even"
+    return text
 
 
 def _attempts(config: Config, hardware: Hardware, num_devices: int):

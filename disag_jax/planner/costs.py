@@ -10,7 +10,7 @@ import functools
 
 from disag_jax.config import Config, Recompute
 from disag_jax.flops import FORWARD_AND_BACKWARD, attention_layer
-from disag_jax.planner.hardware import Hardware, Link
+from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.roofline import expected_copies
 from disag_jax.planner.sizes import Sizes, expert_parameters, half_full_tiles
 from disag_jax.planner.topology import StageLinks
@@ -222,7 +222,8 @@ class Costs:
     @property
     def gather_weights(self) -> float:
         """Embedding and head from all devices, at the beginning of the pipeline program."""
-        return self._over_all(self.sizes.vocabulary_parameters * self.sizes.item_bytes)
+        num_bytes = self.sizes.vocabulary_parameters * self.sizes.item_bytes
+        return self.links.world.all_gather(num_bytes)
 
     @property
     def reduce_gradients(self) -> float:
@@ -236,17 +237,13 @@ class Costs:
         layer, columns = self.sizes.layer_parameters, sum(self.sizes.row_columns.values())
         shared = self.config.model.num_shared_experts * expert_parameters(self.config.model)
         # Disaggregated, the workers of both roles take part with as many columns as either needs.
+        alike = layer[Role.ATTENTION] if placement.colocated else max(layer[Role.ATTENTION], shared)
+        seconds = self.links.stage.all_reduce(rows * alike)
         if placement.colocated:
-            alike, workers = layer[Role.ATTENTION], placement.attention_workers
-        else:
-            alike, workers = max(layer[Role.ATTENTION], shared), placement.rounds
-        seconds = self._all_reduce(self.links.stage, workers, rows * alike)
-        if placement.colocated:
-            copies, experts = placement.expert_copies, placement.expert_workers
-            seconds += self._all_reduce(self.links.stage, copies, rows * layer[Role.EXPERT])
-            seconds += self._all_reduce(self.links.stage, experts, rows * shared)
-        seconds += self._all_reduce(self.links.world, placement.replicas, rows * columns)
-        return seconds + self._over_all(self.sizes.vocabulary_parameters * wide)
+            seconds += self.links.expert_copies.all_reduce(rows * layer[Role.EXPERT])
+            seconds += self.links.expert_groups.all_reduce(rows * shared)
+        seconds += self.links.replicas.all_reduce(rows * columns)
+        return seconds + self.links.world.all_gather(self.sizes.vocabulary_parameters * wide)
 
     @property
     def update(self) -> float:
@@ -278,15 +275,3 @@ class Costs:
             "optimizer": self.update,
             "host": 1e-3 * self.hardware.host_milliseconds,
         }
-
-    def _all_reduce(self, link: Link, num_devices: int, num_bytes: float) -> float:
-        if num_devices == 1:
-            return 0.0
-        return link.all_reduce.seconds(2 * (num_devices - 1) / num_devices * num_bytes)
-
-    def _over_all(self, num_bytes: float) -> float:
-        """An all-gather or a reduce-scatter over all devices: half of an all-reduce."""
-        devices = self.sizes.placement.num_devices
-        if devices == 1:
-            return 0.0
-        return self.links.world.all_reduce.seconds((devices - 1) / devices * num_bytes)

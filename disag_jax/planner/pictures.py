@@ -1,100 +1,52 @@
-"""Pictures of a plan: a timeline for Perfetto, and a page of three panels."""
+"""Pictures of a plan, a timeline and a page of three panels; and of a step beside its plan."""
 
-import dataclasses
-import json
 import pathlib
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from disag_jax.config import PlacementKind
 from disag_jax.errors import ConfigError
-from disag_jax.planner.costs import Costs
-from disag_jax.planner.prediction import Prediction, predict, simulate_step
+from disag_jax.planner import timeline
+from disag_jax.planner.prediction import Prediction, predict
 from disag_jax.planner.roofline import demand_of
 from disag_jax.planner.search import Fixed, candidates
-from disag_jax.planner.simulator import Run
 from disag_jax.planner.sizes import Sizes
 from disag_jax.planner.topology import StageLinks
-from disag_jax.schedule import IDLE, schedule_of
+from disag_jax.schedule import Schedule, schedule_of
 
-COLOURS = {"forward": "#4c78a8", "backward": "#f58518", "loss": "#54a24b", "wait": "#d9d9d9"}
 ATTENTION, EXPERT = "#4c78a8", "#e45756"
-
-# Classes of workers and seconds of a step that the page has room for.
-SHOWN_CLASSES, SHOWN_PERIODS = 8, 40
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """Something that a class of workers does: seconds from the beginning of the loop."""
-
-    stage: int
-    role: str
-    kind: str
-    name: str
-    begin: float
-    end: float
-
-
-def spans(prediction: Prediction) -> list[Span]:
-    """Every unit, loss and wait of a predicted step, by stage and role."""
-    config = prediction.config
-    schedule, run = schedule_of(config), _whole_run(prediction)
-    roles = ["worker"] if config.split.colocated else ["attention", "expert"]
-    found = []
-    for column in range(run.begin.shape[1]):
-        stage, role = divmod(column, len(roles))
-        for period in range(schedule.num_periods):
-            for kind, table, begin, end in (
-                ("forward", schedule.forward, run.begin, run.forward_end),
-                ("backward", schedule.backward, run.backward_begin, run.backward_end),
-            ):
-                micro_batch, row, _ = table[period, stage, role].tolist()
-                if micro_batch != IDLE:
-                    layer = row * schedule.stages + stage
-                    name = f"{kind} of micro-batch {micro_batch}, layer {layer}"
-                    found.append(
-                        Span(stage, roles[role], kind, name, begin[period, column],
-                             end[period, column])
-                    )  # fmt: skip
-            waits = (
-                (run.forward_end, run.backward_begin),
-                (run.backward_end, run.loss_begin),
-            )
-            for begin, end in waits:
-                if end[period, column] > begin[period, column]:
-                    found.append(
-                        Span(stage, roles[role], "wait", "wait for transfers and others",
-                             begin[period, column], end[period, column])
-                    )  # fmt: skip
-            if schedule.loss[period] != IDLE:
-                name = f"loss of micro-batch {schedule.loss[period]}"
-                found.append(
-                    Span(stage, roles[role], "loss", name, run.loss_begin[period, column],
-                         run.end[period, column])
-                )  # fmt: skip
-    return found
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
+         "legend.frameon": False, "font.size": 9}  # fmt: skip
 
 
 def write_timeline(prediction: Prediction, path: str):
-    """Writes the spans as a trace that Perfetto (ui.perfetto.dev) opens: a track for each class."""
-    events, tracks = [], {}
-    for span in spans(prediction):
-        track = tracks.setdefault((span.stage, span.role), len(tracks))
-        events.append(
-            {"ph": "X", "pid": span.stage, "tid": track, "name": span.name, "cat": span.kind,
-             "ts": 1e6 * span.begin, "dur": 1e6 * (span.end - span.begin)}
-        )  # fmt: skip
-    for (stage, role), track in tracks.items():
-        names = (("process_name", f"stage {stage}"), ("thread_name", role))
-        events += [
-            {"ph": "M", "pid": stage, "tid": track, "name": kind, "args": {"name": name}}
-            for kind, name in names
-        ]
-    _write(path, lambda file: file.write_text(json.dumps({"traceEvents": events})), "timeline")
+    """Writes a predicted step as a trace that Perfetto (ui.perfetto.dev) opens."""
+    spans = timeline.predicted(prediction)
+    _write(path, lambda file: timeline.write({"predicted": spans}, file), "timeline")
+
+
+def write_timelines(
+    schedule: Schedule, sources: dict[str, list[timeline.Span]], trace: str, plot: str
+):
+    """Writes and draws the spans of one step by who tells them, one under the other on one axis.
+
+    trace, plot: files for Perfetto and for the picture; ConfigError if one cannot be written.
+    """
+    _write(trace, lambda file: timeline.write(sources, file), "timeline")
+    windows = [timeline.window(schedule, spans) for spans in sources.values()]
+    shown = min(begin for begin, _ in windows), max(end for _, end in windows)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12, 3.5 * len(sources)), layout="constrained")
+        panels = figure.subplots(len(sources), sharex=True, squeeze=False)[:, 0]
+        for axes, (source, spans) in zip(panels, sources.items(), strict=True):
+            timeline.draw(axes, spans, shown)
+            last = max(span.end for span in spans)
+            axes.label_outer()
+            axes.set_title(f"{source}, around the first losses of a step of {last:.3f} s")
+        timeline.add_legend(panels[0])
+        _write(plot, lambda file: figure.savefig(file, dpi=140), "plot")
 
 
 def write_page(prediction: Prediction, path: str, load_factor: float | None = None):
@@ -102,9 +54,7 @@ def write_page(prediction: Prediction, path: str, load_factor: float | None = No
 
     load_factor: as `predict` takes it, for the other ratios.
     """
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-             "legend.frameon": False, "font.size": 9}  # fmt: skip
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 7.5), layout="constrained")
         grid = figure.add_gridspec(2, 2)
         split = prediction.config.split
@@ -129,36 +79,11 @@ def check_writable(path: str, flag: str):
         raise ConfigError(f"--plot = {path!r} must end in one of {', '.join(kinds)}")
 
 
-def _whole_run(prediction: Prediction) -> Run:
-    """The clocks with no wave left out."""
-    sizes = Sizes.of(prediction.config, prediction.load_factor)
-    return simulate_step(Costs(sizes, prediction.hardware), shorten=False)
-
-
 def _draw_timeline(axes, prediction: Prediction):
-    """The first classes of workers, from the first loss on: where warm-up meets steady state."""
-    run = prediction.run
-    first = schedule_of(prediction.config).first_backward
-    last = min(first + SHOWN_PERIODS, len(run.begin)) - 1
-    begin, end = run.begin[max(0, first - SHOWN_PERIODS // 4)].min(), run.end[last].max()
-    labels = {}
-    for span in spans(prediction):
-        label = f"{span.role} {span.stage}"
-        if label not in labels and len(labels) == SHOWN_CLASSES:
-            break
-        row = labels.setdefault(label, len(labels))
-        if span.end > begin and span.begin < end:
-            axes.barh(
-                row, span.end - span.begin, left=span.begin, height=0.8,
-                color=COLOURS[span.kind], edgecolor="white", linewidth=0.3,
-            )  # fmt: skip
-    axes.set_xlim(begin, end)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds from the beginning of the loop")
+    spans = timeline.predicted(prediction)
+    timeline.draw(axes, spans, timeline.window(schedule_of(prediction.config), spans))
+    timeline.add_legend(axes)
     axes.set_title("Units of work, around the first losses")
-    handles = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items()]
-    axes.legend(handles=handles, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def _draw_roofline(axes, prediction: Prediction):
@@ -186,7 +111,7 @@ def _draw_roofline(axes, prediction: Prediction):
     axes.set_xlabel("FLOPs per byte sent to the other role")
     axes.set_ylabel("TFLOP/s per device")
     axes.set_title("Roofline of the links")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
 
 
 def _draw_ratios(axes, prediction: Prediction, load_factor: float | None):

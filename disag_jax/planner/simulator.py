@@ -11,7 +11,8 @@ What the loop does in a period, with hop 1:
     forward transfer of what that made               ||  backward phase, which needs the former
     loss, where one is due: of all workers together
 
-With hop 2 both transfers carry what the last period made, and have the whole period. A device's
+With hop 2 both transfers carry what the last period made, and have the whole period; with hop 1
+forward and 2 backward (disag_jax/planner/mixed_hop.py) the backward one has. A device's
 transfers follow one another. A transfer is R rounds of pairwise exchanges with both neighbours of
 the ring: in round r a worker waits for those that its partners finished in round r - 1, so after R
 rounds it has waited for all classes within R of it.
@@ -61,14 +62,14 @@ class Table:
       forward, backward: bool [periods, classes].
       loss: bool [periods].
       segments: as `Schedule.segments`.
-      hop: as `Schedule.hop`.
+      hops: as `Schedule.hop`, (forward, backward).
     """
 
     forward: np.ndarray
     backward: np.ndarray
     loss: np.ndarray
     segments: tuple[Segment, ...]
-    hop: int
+    hops: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,7 @@ def make_table(
     loss = np.zeros(num_periods, bool)
     loss[start + loss_distance] = True
     segments = segments_of(num_layers, stages, micro_batches, hop, colocated)
-    return Table(forward, backward, loss, segments, hop)
+    return Table(forward, backward, loss, segments, (hop, hop))
 
 
 def segments_of(
@@ -253,12 +254,9 @@ def execute(table: Table, timing: Timing) -> Run:
     begin, forward_end, backward_begin, backward_end, loss_begin, end = clocks
     now = np.zeros(num_classes)
     ring = _Ring(num_classes, timing.rounds)
-    period = _one_hop if table.hop == 1 else _two_hops
+    period = PERIODS[table.hops]
     for segment in table.segments:
-        seconds = (
-            timing.forward_transfer if segment.has_forward or table.hop == 2 else None,
-            timing.backward_transfer if segment.has_backward else None,
-        )
+        seconds = _transfer_seconds(table, timing, segment)
         for t in range(segment.begin, segment.end):
             begin[t] = now
             f = forward[t] if segment.has_forward else 0.0
@@ -273,6 +271,37 @@ def execute(table: Table, timing: Timing) -> Run:
                 now = loss_begin[t] + timing.loss
             end[t] = now
     return Run(*clocks, repeats=(0, 0, 0))
+
+
+def _transfer_seconds(table: Table, timing: Timing, segment: Segment):
+    """(forward, backward) transfer in a period of the segment; None where there is none."""
+    return (
+        timing.forward_transfer if segment.has_forward or table.hops[0] == 2 else None,
+        timing.backward_transfer if segment.has_backward else None,
+    )
+
+
+def transfer_times(table: Table, timing: Timing, run: Run):
+    """Yields (direction, period, begin, end) of each transfer of a run that left no wave out.
+
+    Arrays [classes]: when a class has all that the transfer waits for, and when it has ended.
+    """
+    ring = _Ring(table.forward.shape[1], timing.rounds)
+    for segment in table.segments:
+        forward, backward = _transfer_seconds(table, timing, segment)
+        for t in range(segment.begin, segment.end):
+            parts = {"forward": forward, "backward": backward}
+            if table.hops[0] == 1:
+                parts = {"backward": backward, "forward": forward}
+            sent = run.begin[t]
+            for kind, seconds in parts.items():
+                if seconds is None:
+                    continue
+                if table.hops[0] == 1 and kind == "forward":
+                    sent = np.maximum(sent, run.backward_begin[t])
+                began = ring.wait(sent)
+                sent = began + seconds
+                yield kind, t, began, sent
 
 
 def _one_hop(now, forward, backward, transfers, ring):
@@ -298,6 +327,23 @@ def _two_hops(now, forward, backward, transfers, ring):
         if seconds is not None:
             sent = ring.wait(sent) + seconds
     return forward_end, forward_end, backward_end, np.maximum(backward_end, sent)
+
+
+def _mixed_hops(now, forward, backward, transfers, ring):
+    forward_transfer, backward_transfer = transfers
+    forward_end = now + forward
+    backward_end = forward_end + backward
+    sent = now
+    if backward_transfer is not None:
+        sent = ring.wait(now) + backward_transfer
+    end = np.maximum(backward_end, sent)
+    if forward_transfer is not None:
+        end = np.maximum(end, ring.wait(np.maximum(forward_end, sent)) + forward_transfer)
+    return forward_end, forward_end, backward_end, end
+
+
+# How a period runs, by the hops forward and backward.
+PERIODS = {(1, 1): _one_hop, (2, 2): _two_hops, (1, 2): _mixed_hops}
 
 
 class _Ring:

@@ -5,11 +5,13 @@ Workers are numbered replica by replica and stage by stage, each stage's attenti
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from disag_jax.errors import ConfigError
 from disag_jax.planner.hardware import Hardware, Link
+from disag_jax.planner.rings import Rings, shapes_of
 from mesh.placement import Placement
 
 
@@ -20,15 +22,21 @@ class StageLinks:
     Attributes:
       pipeline: between the submeshes, and between stages. A transfer's rounds go around the ring of
         all stages, so its slowest edge sets the pace of all.
-      stage: among the workers of one stage.
-      world: among all devices and among replicas.
+      stage: sums among a role's workers of one stage.
+      expert_copies, expert_groups: co-located, sums among the workers of a stage that hold the same
+        experts, and among those that hold all of them together.
+      replicas: sums among the workers that play the same part in every replica.
+      world: sums among all devices.
       all_to_all: (intra-node link, inter-node link or None, other workers of an exchange's group on
         the same node, those on other nodes); of the worker with most on other nodes.
     """
 
     pipeline: Link
-    stage: Link
-    world: Link
+    stage: Rings
+    expert_copies: Rings
+    expert_groups: Rings
+    replicas: Rings
+    world: Rings
     all_to_all: tuple[Link, Link | None, int, int]
 
     @classmethod
@@ -38,23 +46,19 @@ class StageLinks:
         size = placement.stage_workers
         nodes = np.arange(placement.num_devices) // hardware.devices_per_node
         stages = nodes.reshape(-1, size)
-        if nodes[-1] == 0:
-            return cls(near, near, near, (near, None, placement.expert_workers - 1, 0))
-        far = per_device(hardware)
+        far = per_device(hardware) if nodes[-1] else None
+        shapes = _group_shapes(placement, hardware.devices_per_node)
+        rings = [Rings(near, far, one) for one in shapes]
+        if far is None:
+            return cls(near, *rings, (near, None, placement.expert_workers - 1, 0))
         # The last stage of a replica sends to its first, so one replica on one node is needed.
         replicas = nodes.reshape(placement.replicas, -1)
         near_ring = (replicas[:, 0] == replicas[:, -1]).all()
-        near_stage = (stages[:, 0] == stages[:, -1]).all()
         group = min(placement.expert_workers, size)
         groups = stages[:, : size // group * group].reshape(-1, group)
         # Of each worker, those of its group that are on its node, itself included.
         same = int((groups[:, :, None] == groups[:, None, :]).sum(axis=2).min())
-        return cls(
-            pipeline=near if near_ring else far,
-            stage=near if near_stage else far,
-            world=far,
-            all_to_all=(near, far, same - 1, group - same),
-        )
+        return cls(near if near_ring else far, *rings, (near, far, same - 1, group - same))
 
     def all_to_all_seconds(self, slot_bytes: float) -> float:
         """An exchange of one slot with each other worker of the group.
@@ -66,6 +70,25 @@ class StageLinks:
         if far_slots:
             seconds = max(seconds, far.all_to_all.seconds(far_slots * slot_bytes))
         return seconds
+
+
+@functools.lru_cache(maxsize=1024)
+def _group_shapes(placement: Placement, devices_per_node: int) -> tuple[frozenset, ...]:
+    """`Rings.shapes` of a stage, of expert copies and groups, of replicas and of all devices."""
+    nodes = np.arange(placement.num_devices) // devices_per_node
+    stages = nodes.reshape(-1, placement.stage_workers)
+    copies = groups = stages[:1, :1]
+    by_role = [stages]
+    if placement.colocated:
+        groups = nodes.reshape(-1, placement.expert_workers)
+        within = stages.reshape(len(stages), placement.expert_copies, placement.expert_workers)
+        copies = within.swapaxes(1, 2).reshape(-1, placement.expert_copies)
+    else:
+        by_role = np.split(stages, [placement.attention_workers], axis=1)
+    replicas = nodes.reshape(placement.replicas, -1).T
+    return tuple(
+        shapes_of(*one) for one in (by_role, [copies], [groups], [replicas], [nodes[None]])
+    )
 
 
 def per_device(hardware: Hardware) -> Link:

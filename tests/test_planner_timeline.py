@@ -1,0 +1,121 @@
+"""The predicted timeline is the simulated step, and a trace that Perfetto opens."""
+
+import collections
+import itertools
+import json
+
+import pytest
+from matplotlib.figure import Figure
+
+from configs import balanced
+from disag_jax.config import PlacementKind, SplitConfig
+from disag_jax.planner import hardware, pictures, timeline
+from disag_jax.planner.costs import Costs
+from disag_jax.planner.prediction import predict, simulate_step, timing_of
+from disag_jax.planner.simulator import make_table, transfer_times
+from disag_jax.planner.sizes import Sizes
+from disag_jax.schedule import schedule_of
+
+SPLITS = {
+    "disaggregated": SplitConfig(stages=2, attention_workers=1, expert_workers=2),
+    "two hops": SplitConfig(stages=2, attention_workers=1, expert_workers=2, hop=2),
+    "colocated": SplitConfig(
+        stages=2, attention_workers=2, expert_workers=2, placement=PlacementKind.COLOCATED
+    ),
+}
+
+
+@pytest.fixture(params=SPLITS)
+def prediction(request):
+    config = balanced.get_config()
+    config.split, config.batch.micro_batches = SPLITS[request.param], 30
+    return predict(config.validate(), hardware.load("h100"))
+
+
+def test_spans_are_the_step(prediction):
+    tracks = collections.defaultdict(list)
+    for span in timeline.predicted(prediction):
+        tracks[span.stage, span.track].append(span)
+    transfers = [track for track in tracks if track[1].endswith("transfers")]
+    assert len(tracks) - len(transfers) == len(transfers) == len(prediction.workers)
+    config, split = prediction.config, prediction.config.split
+    outside = {name for name, seconds in prediction.outside_loop.items() if seconds}
+    for track, spans in tracks.items():
+        counts = collections.Counter(span.kind for span in spans)
+        if track in transfers:
+            assert set(counts) == {"transfer"}
+        else:
+            layers = config.model.num_layers // split.stages
+            assert counts["forward"] == counts["backward"] == layers * config.batch.micro_batches
+            assert counts["loss"] == config.batch.micro_batches
+            assert {span.name for span in spans if span.kind == "outside"} == outside
+            assert spans[0].begin == 0
+            last = max(span.end for span in spans)
+            assert last == pytest.approx(prediction.step_seconds)
+        spans.sort(key=lambda span: span.begin)
+        for before, after in itertools.pairwise(spans):
+            assert before.end <= after.begin + 1e-9
+            # Of a worker's own time nothing is left out but what its loop ends before others'.
+            if track not in transfers and after.kind != "outside":
+                assert before.end == pytest.approx(after.begin, abs=1e-9)
+
+
+def test_transfers_end_where_periods_wait_for_them(prediction):
+    """A period ends with its phases or its transfers, whichever is later: nothing else waits."""
+    config = prediction.config
+    costs = Costs(Sizes.of(config, prediction.load_factor), prediction.hardware)
+    run = simulate_step(costs, shorten=False)
+    table = make_table(
+        config.model.num_layers, config.split.stages, config.batch.micro_batches, config.split.hop,
+        config.split.colocated,
+    )  # fmt: skip
+    last = run.backward_end.copy()
+    for _, period, begins, ends in transfer_times(table, timing_of(costs), run):
+        assert (begins >= run.begin[period]).all()
+        last[period] = last[period].clip(min=ends)
+    without_loss = ~table.loss
+    assert run.end[without_loss] == pytest.approx(last[without_loss], rel=1e-12)
+
+
+def test_timeline_is_a_trace(prediction, tmp_path):
+    path = tmp_path / "timeline.json"
+    pictures.write_timeline(prediction, str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    spans = sorted(timeline.predicted(prediction), key=lambda span: span.begin)
+    done = [event for event in events if event["ph"] == "X"]
+    assert len(done) == len(spans)
+    names = {(e["pid"], e["tid"], e["name"]): e["args"]["name"] for e in events if e["ph"] == "M"}
+    for event, span in zip(done, spans, strict=True):
+        track = event["pid"], event["tid"]
+        assert names[*track, "process_name"] == f"stage {span.stage}, predicted"
+        assert names[*track, "thread_name"] == span.track
+        assert (event["name"], event["cat"]) == (span.name, span.kind)
+        assert event["ts"] == pytest.approx(1e6 * span.begin)
+        assert event["dur"] == pytest.approx(1e6 * (span.end - span.begin)) and event["dur"] > 0
+
+
+def test_what_overlaps_has_tracks_of_its_own(tmp_path):
+    def span(kind, begin, end):
+        return timeline.Span(0, "worker 1", kind, kind, begin, end)
+
+    spans = [span("backward", 1, 4), span("forward", 0, 2), span("loss", 4, 5)]
+    path = tmp_path / "timeline.json"
+    timeline.write({"measured": spans}, path)
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    tracks = {e["name"]: names[e["tid"]] for e in events if e["ph"] == "X"}
+    beside = "worker 1 beside"
+    assert tracks == {"forward": "worker 1", "backward": beside, "loss": "worker 1"}
+
+
+def test_a_panel_shows_the_first_workers_within_its_window(prediction):
+    spans = timeline.predicted(prediction)
+    schedule = schedule_of(prediction.config)
+    begin, end = timeline.window(schedule, spans)
+    first = min(span.begin for span in spans if span.kind == "loss")
+    assert begin < first < end <= prediction.step_seconds
+    axes = Figure().add_subplot()
+    timeline.draw(axes, spans, (begin, end))
+    drawn = [span for span in spans if span.end > begin and span.begin < end]
+    assert 0 < len(drawn) < len(spans) and len(axes.patches) == len(drawn)
+    assert len(axes.get_yticks()) == len(prediction.workers)
