@@ -35,7 +35,7 @@ CPU_DEVICES = flags.DEFINE_integer(
     lower_bound=0,
 )
 DETERMINISTIC = flags.DEFINE_bool(
-    "deterministic", False, "bitwise equal results of equal runs on GPUs too (not confirmed yet)"
+    "deterministic", False, "bitwise equal results of equal runs on GPUs too, in more time"
 )
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "compile the program for simulated devices and say whether it would fit"
