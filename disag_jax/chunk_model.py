@@ -4,11 +4,14 @@ The model of "FSMoE" (arXiv 2501.10714): chunks pass all-to-all, all-gather,
 experts, reduce-scatter and all-to-all, on three resources that work side by side: the link between
 nodes (all-to-all and, behind the last dispatch, a gradient reduction), the link within a node
 (all-gather and reduce-scatter, where experts are sharded) and compute. All times are seconds.
+
+`layer_seconds` is the paper's, whose resources run freely. `in_step_seconds` is what the twin's own
+loop takes, and what the planner predicts with.
 """
 
 import dataclasses
 import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class Bound(enum.StrEnum):
@@ -68,13 +71,36 @@ def idle_link_seconds(times: LayerTimes, chunks: int) -> float:
     return seconds - 2 * chunks * times.all_to_all.of_chunk(chunks)
 
 
-def best_chunks(times: LayerTimes, candidates: Iterable[int]) -> int:
-    """The degree with the least time, the smallest of equals; one direction at a time.
+def in_step_seconds(times: LayerTimes, chunks: int) -> float:
+    """Time of whole experts and their exchanges, in the order of disag_jax/colocated.py.
 
+    Barriers make chunks go in step: beside each chunk's work one exchange is under way, which
+    dispatches the next chunk and combines the last one's rows side by side. The first dispatch and
+    the last combine are exposed.
+
+    times: of experts that are not sharded, without a gradient reduction: the loop has neither.
+    """
+    experts, exchange = times.experts.of_chunk(chunks), times.all_to_all.of_chunk(chunks)
+    if chunks == 1:
+        return 2 * exchange + experts
+    of_two_chunks = times.all_to_all.latency + 2 * times.all_to_all.seconds / chunks
+    at_ends = 2 * max(experts, exchange)
+    return 2 * exchange + at_ends + (chunks - 2) * max(experts, of_two_chunks)
+
+
+def best_chunks(times_of: Callable[[int], list[LayerTimes]], candidates: Iterable[int]) -> int:
+    """The degree with the least time in step, the smallest of equals.
+
+    times_of: function of a degree that returns the times of all that is cut in so many chunks: one
+      direction, or both if they must be cut alike.
     candidates: degrees that may be used, such as the divisors of a micro-batch's tokens: few
       enough to try each, where the paper solves for a real r.
     """
-    return min(sorted(candidates), key=lambda chunks: layer_seconds(times, chunks)[0])
+
+    def seconds(chunks):
+        return sum(in_step_seconds(times, chunks) for times in times_of(chunks))
+
+    return min(sorted(candidates), key=seconds)
 
 
 def _bounds(times: LayerTimes, chunks: int) -> dict[Bound, float]:

@@ -12,6 +12,7 @@ from disag_jax.chunk_model import (
     Operation,
     best_chunks,
     idle_link_seconds,
+    in_step_seconds,
     layer_seconds,
 )
 
@@ -93,21 +94,63 @@ def test_without_sharded_experts_the_model_is_the_pipeline(all_to_all, experts, 
     assert layer_seconds(times, r)[0] == pytest.approx(simulated(times, r), rel=1e-9)
 
 
-@given(OPERATIONS, OPERATIONS, GRADIENTS, st.sets(st.sampled_from(DEGREES), min_size=1))
-def test_the_best_degree_is_that_of_brute_force(all_to_all, experts, gradients, candidates):
-    times = LayerTimes(all_to_all, experts, gradient_reduction=gradients)
-    chosen = best_chunks(times, candidates)
-    assert chosen in candidates
-    least = min(simulated(times, r) for r in candidates)
-    assert simulated(times, chosen) == pytest.approx(least, rel=1e-9)
+def simulated_in_step(times: LayerTimes, r: int) -> float:
+    """The loop of `ColocatedPhases._through_experts`, chunk by chunk, with a list of what is made.
+
+    At a barrier compute and link wait for each other.
+    """
+    latency, seconds = times.all_to_all.latency, times.all_to_all.seconds / r
+    clock, waiting, made = latency + seconds, list(range(1, r)), []
+    for chunk in range(r):
+        sent = waiting[:1] + made
+        waiting, made = waiting[1:], [chunk]
+        exchange = latency + len(sent) * seconds if sent else 0.0
+        clock += max(times.experts.of_chunk(r), exchange)
+    return clock + latency + seconds
+
+
+@given(OPERATIONS, OPERATIONS, st.sampled_from(DEGREES))
+def test_chunks_in_step_take_what_the_loop_takes(all_to_all, experts, r):
+    times = LayerTimes(all_to_all, experts)
+    assert in_step_seconds(times, r) == pytest.approx(simulated_in_step(times, r), rel=1e-12)
+
+
+@given(OPERATIONS, OPERATIONS, st.sampled_from(DEGREES))
+def test_going_in_step_costs_what_the_papers_free_running_pipeline_does_not(all_to_all, experts, r):
+    # One exchange of two chunks has one latency, which the paper's bounds count twice.
+    times = LayerTimes(dataclasses.replace(all_to_all, latency=0.0), experts)
+    paper, _ = layer_seconds(times, r)
+    assert in_step_seconds(times, r) >= paper * (1 - 1e-12)
+    work, exchange = experts.of_chunk(r), times.all_to_all.of_chunk(r)
+    if r < 3 or not exchange < work < 2 * exchange:
+        assert in_step_seconds(times, r) == pytest.approx(paper, rel=1e-9)
+
+
+@given(OPERATIONS, OPERATIONS, OPERATIONS, st.sets(st.sampled_from(DEGREES), min_size=1))
+def test_the_best_degree_is_that_of_brute_force(all_to_all, experts, backward, candidates):
+    both = [LayerTimes(all_to_all, experts), LayerTimes(all_to_all, backward)]
+    for times in (both[:1], both):
+        chosen = best_chunks(lambda _, times=times: times, candidates)
+        assert chosen in candidates
+        least = min(sum(simulated_in_step(one, r) for one in times) for r in candidates)
+        found = sum(simulated_in_step(one, chosen) for one in times)
+        assert found == pytest.approx(least, rel=1e-9)
+
+
+def test_times_may_depend_on_the_degree():
+    # Padding to whole tiles: a chunk of few rows takes as long as one of many.
+    def times(r):
+        return [LayerTimes(Operation(0.01, 1.0), Operation(latency=max(0.5, 2.0 / r)))]
+
+    assert best_chunks(times, DEGREES) == 4
 
 
 def test_forward_and_backward_degrees_differ():
-    """Backward, experts work longer, and more chunks hide the same all-to-all no better."""
-    forward = LayerTimes(Operation(0.05, 1.0), Operation(0.2, 2.0))
-    backward = dataclasses.replace(forward, experts=Operation(0.4, 4.0), gradient_reduction=2.0)
-    assert best_chunks(forward, DEGREES) == 3
-    assert best_chunks(backward, DEGREES) == 2
+    """Backward, experts work longer and cost more a chunk."""
+    forward = LayerTimes(Operation(0.05, 1.0), Operation(0.1, 2.0))
+    backward = dataclasses.replace(forward, experts=Operation(0.4, 4.0))
+    assert best_chunks(lambda r: [forward], DEGREES) == 4
+    assert best_chunks(lambda r: [backward], DEGREES) == 2
 
 
 @given(OPERATIONS, OPERATIONS, OPERATIONS, OPERATIONS, st.sampled_from(DEGREES))
