@@ -86,7 +86,8 @@ def _stash(sizes: Sizes) -> float:
         config.model.num_layers, split.stages, config.batch.micro_batches, split.hop,
         split.colocated,
     )  # fmt: skip
-    pools = [slots[role] * sizes.stash_entry_bytes[role] for role in Role]
+    entries = sizes.stash_entry_bytes
+    pools = [slots[role] * entries[role] for role in Role]
     # The roles' pools share a shape, as rows do.
     return sum(pools) if split.colocated else max(pools)
 

@@ -5,6 +5,7 @@ program's own classes would trace the model once per split.
 """
 
 import dataclasses
+import functools
 
 from disag_jax.config import Config, Dtype, ModelConfig, Recompute
 from disag_jax.geometry import Bucket, buckets, chunk_bucket, expected_load, placement_of
@@ -53,7 +54,7 @@ class Sizes:
         bucket = chunk_bucket(self.bucket, count, held, TILE)
         return dataclasses.replace(self, bucket=bucket, chunks=count)
 
-    @property
+    @functools.cached_property
     def placement(self) -> Placement:
         return placement_of(self.config)
 
@@ -84,7 +85,7 @@ class Sizes:
         """n, rows of an expert worker, empty ones included."""
         return self.placement.senders * self.bucket.rows
 
-    @property
+    @functools.cached_property
     def pairs(self) -> float:
         """Expected (token, expert) pairs of the busiest expert worker."""
         return self.load_factor * expected_load(self.config)[1] / self.chunks

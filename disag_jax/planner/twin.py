@@ -6,6 +6,8 @@ them, and that the sum of a token's copies, part of an attention unit, is outsid
 exchange.
 """
 
+import functools
+
 from disag_jax.chunk_model import LayerTimes, Operation, best_chunks, in_step_seconds
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.simulator import PhaseSeconds
@@ -62,12 +64,14 @@ def best_degrees(costs: Costs, candidates: list[int], *, alike: bool) -> tuple[i
     alike: whether both must be the same (`run.recompute` = none).
     """
 
+    layer_times = functools.cache(functools.partial(_layer_times, costs))
+
     def times_of(*units):
-        return lambda chunks: [_layer_times(costs, unit, chunks) for unit in units]
+        return lambda chunks: [layer_times(unit, chunks) for unit in units]
 
     def seconds(degrees):
         exchanged = sum(
-            in_step_seconds(_layer_times(costs, unit, chunks), chunks)
+            in_step_seconds(layer_times(unit, chunks), chunks)
             for unit, chunks in zip(EXPERT_UNITS, degrees, strict=True)
         )
         return exchanged + _regroup(costs, *degrees)
