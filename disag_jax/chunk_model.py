@@ -103,6 +103,97 @@ def best_chunks(times_of: Callable[[int], list[LayerTimes]], candidates: Iterabl
     return min(sorted(candidates), key=seconds)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """An all-reduce of gradients, on the link between nodes: `latency` + bytes / rate."""
+
+    latency: float
+    bytes_per_second: float
+
+    def seconds(self, num_bytes: float) -> float:
+        """Of a reduction of so much; of nothing, none."""
+        return self.latency + num_bytes / self.bytes_per_second if num_bytes > 0 else 0.0
+
+    def num_bytes(self, seconds: float) -> float:
+        """What a reduction has done after so long."""
+        return max(0.0, seconds - self.latency) * self.bytes_per_second
+
+
+def reduced_layer_seconds(
+    times: LayerTimes, num_bytes: float, link: Reduction, degrees: Iterable[int]
+) -> float:
+    """Time of a layer with so many gradients to reduce, in the degree that is best with them."""
+    reduced = dataclasses.replace(times, gradient_reduction=link.seconds(num_bytes))
+    return min(layer_seconds(reduced, chunks)[0] for chunks in degrees)
+
+
+def fill_idle_links(idle: list[float], sizes: list[float], link: Reduction) -> list[float]:
+    """Bytes reduced in each layer at no cost, and the rest behind them: the paper's greedy step.
+
+    idle: seconds that each layer's link has nothing to do, in the order of the backward phase.
+    sizes: bytes of gradients that each layer makes. They can be reduced from the next layer on, so
+      the last one's are always in the rest.
+    """
+    pieces, waiting = [], 0.0
+    for seconds, made in zip(idle, sizes, strict=True):
+        pieces.append(min(waiting, link.num_bytes(seconds)))
+        waiting += made - pieces[-1]
+    return [*pieces, waiting]
+
+
+def partition_gradients(
+    layers: list[LayerTimes],
+    sizes: list[float],
+    link: Reduction,
+    degrees: Iterable[int],
+    parts: int = 16,
+) -> list[float]:
+    """Bytes reduced in each layer of the backward phase, and behind the last: least time in all.
+
+    First each layer's idle link is filled. Then the rest, in `parts` equal parts, goes where it
+    costs least: into layers that would rather have fewer chunks, or behind the last. The paper
+    searches for that by differential evolution; here every division into these parts is considered,
+    layer by layer, as a shortest path.
+
+    layers: times without a gradient reduction, in the order of the backward phase.
+    sizes: as for `fill_idle_links`.
+    """
+    degrees = sorted(degrees)
+    idle = [
+        idle_link_seconds(times, min(degrees, key=lambda r, t=times: layer_seconds(t, r)[0]))
+        for times in layers
+    ]
+    *pieces, rest = fill_idle_links(idle, sizes, link)
+    part = rest / parts
+    # Of each number of parts that are placed so far: the least seconds, and where the parts are.
+    best = {0: (0.0, ())}
+    unused = 0.0
+    for i, (times, piece) in enumerate(zip(layers, pieces, strict=True)):
+        # Gradients of the layers before that no piece has taken up to here.
+        unused += (sizes[i - 1] if i else 0.0) - piece
+        most = min(parts, int(unused / part * (1 + 1e-12))) if part else 0
+        costs = [
+            reduced_layer_seconds(times, piece + count * part, link, degrees)
+            for count in range(most + 1)
+        ]
+        reached = {}
+        for placed, (seconds, where) in best.items():
+            for count in range(most - placed + 1):
+                found = (seconds + costs[count], (*where, count))
+                reached[placed + count] = min(reached.get(placed + count, found), found)
+        best = reached
+    totals = {
+        placed: seconds + link.seconds(rest - placed * part)
+        for placed, (seconds, _) in best.items()
+    }
+    placed = min(totals, key=totals.get)
+    counts = best[placed][1]
+    return [
+        *(piece + count * part for piece, count in zip(pieces, counts, strict=True)),
+        rest - placed * part,
+    ]
+
+
 def _bounds(times: LayerTimes, chunks: int) -> dict[Bound, float]:
     all_to_all, experts, gather, scatter = (
         operation.of_chunk(chunks)
