@@ -24,7 +24,7 @@ from disag_jax.planner.prediction import predict
 from disag_jax.step import Stepper
 from mesh.placement import Meshes
 
-WARM_UP, STEPS = 2, 4
+WARM_UP, STEPS = 2, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +70,11 @@ def check_start(config: Config, out: str) -> int:
 
 
 def stepper_of(case: Case) -> Stepper:
-    """With its pipeline compiled."""
+    """With its pipeline compiled in the bucket of the expected load and in the next larger one."""
     placement = placement_of(case.config.validate())
     stepper = Stepper(case.config, Meshes.make(placement, jax.devices()[: placement.num_devices]))
-    stepper.compiled_program(stepper.chooser.current)
+    for bucket in stepper.chooser.options[:2]:
+        stepper.compiled_program(bucket)
     return stepper
 
 
@@ -166,7 +167,7 @@ def define_flags():
         flags.DEFINE_string("hardware", None, "what to predict for: a name or a file"),
         flags.DEFINE_string("out", None, "JSON file of the results, gone on with if it is there"),
         flags.DEFINE_float("seconds", 540, "begin no case after this"),
-        flags.DEFINE_integer("threads", 4, "programs compiled at once", lower_bound=1),
+        flags.DEFINE_integer("threads", 16, "programs compiled at once", lower_bound=1),
         flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU"),
         flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP),
     )

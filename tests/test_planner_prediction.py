@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import balanced
+from disag_jax.compare import twin_of
 from disag_jax.config import Overlap, PlacementKind, Recompute, SplitConfig
 from disag_jax.planner import hardware
 from disag_jax.planner.costs import Costs
@@ -62,6 +63,16 @@ def test_the_measured_profile_predicts_the_measured_step():
     assert 1e3 * found.outside_loop["optimizer"] == pytest.approx(MEASURED_UPDATE_MS, rel=0.1)
     sheet = predict(as_measured(), H100)
     assert 1e3 * sheet.step_seconds == pytest.approx(MEASURED_STEP_MS, rel=0.1)
+
+
+# `compare` of the same shape on another such pair on the same day: seconds, and the peak in GiB.
+MEASURED_TWIN_SECONDS, MEASURED_TWIN_GIB = 1.183, 35.5
+
+
+def test_the_measured_profile_predicts_the_measured_twin():
+    found = predict(twin_of(as_measured()), hardware.load("h100x2_nvlink"))
+    assert found.step_seconds == pytest.approx(MEASURED_TWIN_SECONDS, rel=0.05)
+    assert found.memory["worker"].total / 2**30 == pytest.approx(MEASURED_TWIN_GIB, rel=0.05)
 
 
 @st.composite
