@@ -77,7 +77,8 @@ def sweep_cases(
         ratio = communication_over_compute(twins[0], hardware)
         for one in (found.config, *twins):
             way = one.split.overlap.value if one.split.colocated else AF_PIPE
-            group = f"sequence {length}, width {width}, top-k {top_k}"
+            layers = config.model.num_layers
+            group = f"{layers} layers, sequence {length}, width {width}, top-k {top_k}"
             cases.append(
                 Cell.of(
                     group, one, hardware, expert_width=width, top_k=top_k, way=way,
@@ -229,34 +230,57 @@ def table(results: list[dict]) -> rich.table.Table:
 
 
 def draw(results: list[dict], path: pathlib.Path):
-    """AF-Pipe's speed over the best twin's against the sequence length, measured and predicted.
+    """AF-Pipe's speed over the best twin's, measured and predicted, and the line where it is 1.
 
-    A panel for each top-k, a colour for each width; where a line crosses 1 the other placement
-    begins to win.
+    A column for each top-k. Above, speeds against the sequence length, a colour for each width;
+    below, in the plane of both, the crossing line between the cells that were measured.
     """
     from matplotlib.figure import Figure
 
-    lines = collections.defaultdict(list)
+    columns = collections.defaultdict(dict)
     for one in outcomes(results):
         ours = one.by_way[AF_PIPE]
         speeds = one.speed_up("seconds"), one.speed_up("predicted_seconds")
-        lines[ours["top_k"], ours["expert_width"]].append((ours["sequence_length"], *speeds))
-    top_ks = sorted({top_k for top_k, _ in lines})
-    widths = sorted({width for _, width in lines})
-    figure = Figure(figsize=(5 * max(1, len(top_ks)), 4), layout="constrained")
-    panels = figure.subplots(1, max(1, len(top_ks)), sharey=True, squeeze=False)[0]
-    for (top_k, width), points in sorted(lines.items()):
-        axes, colour = panels[top_ks.index(top_k)], f"C{widths.index(width)}"
-        lengths, measured, predicted = zip(*sorted(points), strict=True)
-        axes.plot(lengths, measured, "o-", color=colour, label=f"width {width}, measured")
-        axes.plot(lengths, predicted, "x--", color=colour, label="predicted")
-    for axes, top_k in zip(panels, top_ks, strict=False):
-        axes.axhline(1.0, color="#707070", lw=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set(title=f"top-k {top_k}", xlabel="sequence length, tokens")
-        axes.legend(frameon=False, fontsize=8)
-    panels[0].set_ylabel("AF-Pipe's speed over the best twin's")
+        columns[ours["top_k"]][ours["expert_width"], ours["sequence_length"]] = speeds
+    if not columns:
+        return
+    figure = Figure(figsize=(5 * len(columns), 7), layout="constrained")
+    panels = figure.subplots(2, len(columns), sharey="row", squeeze=False)
+    for (top_k, cells), (speeds, plane) in zip(sorted(columns.items()), panels.T, strict=True):
+        _draw_speeds(speeds, cells)
+        _draw_crossing(plane, cells)
+        speeds.set_title(f"top-k {top_k}")
+        plane.set_xlabel("sequence length, tokens")
+    panels[0, 0].set_ylabel("AF-Pipe's speed over the best twin's")
+    panels[1, 0].set_ylabel("width of an expert")
     figure.savefig(path, dpi=140)
+
+
+def _draw_speeds(axes, cells: dict[tuple[int, int], tuple[float, float]]):
+    for number, width in enumerate(sorted({width for width, _ in cells})):
+        lengths = sorted(length for w, length in cells if w == width)
+        measured, predicted = zip(*(cells[width, length] for length in lengths), strict=True)
+        axes.plot(lengths, measured, "o-", color=f"C{number}", label=f"width {width}, measured")
+        axes.plot(lengths, predicted, "x--", color=f"C{number}", label="predicted")
+    axes.axhline(1.0, color="#707070", lw=0.8)
+    axes.set_xscale("log", base=2)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_crossing(axes, cells: dict[tuple[int, int], tuple[float, float]]):
+    """Points where AF-Pipe won (filled) and lost, and the lines between them."""
+    for (width, length), (measured, _) in cells.items():
+        axes.plot(length, width, "o", color="C3", fillstyle="full" if measured > 1 else "none")
+    widths, lengths = (sorted({cell[i] for cell in cells}) for i in range(2))
+    is_whole = len(cells) == len(widths) * len(lengths) and min(len(widths), len(lengths)) > 1
+    for field, style in enumerate(("solid", "dashed")):
+        grid = [[cells[w, s][field] for s in lengths] for w in widths] if is_whole else [[1, 1]]
+        # A line is there only where some cells win and others lose.
+        if min(map(min, grid)) < 1 < max(map(max, grid)):
+            axes.contour(lengths, widths, grid, levels=[1.0], colors="C3", linestyles=style)
+    axes.set_title("filled: AF-Pipe won; line: measured, dashed: predicted", fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
 
 
 def main(

@@ -136,8 +136,31 @@ def test_what_does_not_hold_is_said(number, way, fields, words):
         assert expected in found
 
 
+def test_the_crossing_line_is_between_the_cells_that_win_and_those_that_lose():
+    from matplotlib.figure import Figure
+
+    # AF-Pipe wins beyond 8,192 tokens, and is predicted to from 4,096 to 8,192 on by width.
+    cells = {(w, s): (s / 8192, s / 8192 * (1 + (w == 704))) for w in (704, 1408)
+             for s in (2048, 4096, 16_384)}  # fmt: skip
+    axes = Figure().subplots()
+    sweep._draw_crossing(axes, cells)
+    measured, predicted = axes.collections
+    (line,) = measured.get_paths()
+    assert line.vertices[:, 0] == pytest.approx(8192)
+    (line,) = predicted.get_paths()
+    ends = dict(zip(line.vertices[:, 1], line.vertices[:, 0], strict=True))
+    assert ends[704] == pytest.approx(4096) and ends[1408] == pytest.approx(8192)
+    filled = [dot.get_xdata()[0] for dot in axes.lines if dot.get_fillstyle() == "full"]
+    assert filled == [16_384] * 2
+    axes = Figure().subplots()
+    sweep._draw_crossing(axes, {(704, 2048): (0.5, 0.6), (704, 4096): (1.5, 1.6)})
+    assert not axes.collections and len(axes.lines) == 2
+
+
 def test_the_picture_and_the_table_show_every_cell(tmp_path):
     path = tmp_path / "sweep.png"
+    sweep.draw([], path)
+    assert not path.exists()
     sweep.draw(good(), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     made = sweep.table(good())
