@@ -191,3 +191,13 @@ def test_a_hand_made_step():
     run = simulator.simulate(timing, 1, 1, 1, 1, colocated=False)
     # The loss's period also has both transfers, which nothing needs but the loop waits for.
     assert run.seconds == pytest.approx(2 + 1 + 3 + 1 + (0.5 + 5) + 0.5 + 4 + 0.5 + 6)
+
+
+def test_both_transfers_of_phases_in_turns_wait_for_the_neighbours():
+    # Five stages, the middle one late: a transfer before the phases and one behind carry that on.
+    now, ring = np.array([0.0, 0.0, 5.0, 0.0, 0.0]), simulator._Ring(5, rounds=1)
+    ends = simulator._in_turns(now, 2.0, 3.0, (0.25, 0.5), ring)
+    forward_end, backward_begin, backward_end, end = ends
+    assert forward_end.tolist() == [2.5, 7.5, 7.5, 7.5, 2.5]
+    assert (backward_begin == forward_end).all() and (backward_end == forward_end + 3).all()
+    assert end.tolist() == [10.75] * 5
