@@ -44,17 +44,23 @@ class Memory:
 
 def predict_memory(sizes: Sizes) -> dict[str, Memory]:
     """The memory of each kind of worker, named as `Placement.kind_of` does."""
-    config, placement = sizes.config, sizes.placement
-    item, wide = sizes.item_bytes, sizes.wide_bytes
+    program = {
+        "stash": _stash(sizes),
+        "transport": _transport(sizes),
+        "workspace": max(_workspaces(sizes).values()),
+    }
+    return {kind: Memory(**kept, **program) for kind, kept in resident_bytes(sizes).items()}
+
+
+def resident_bytes(sizes: Sizes) -> dict[str, dict[str, float]]:
+    """Bytes of each kind of worker, by `Memory`'s names, that recomputing does not change."""
+    config, item, wide = sizes.config, sizes.item_bytes, sizes.wide_bytes
     rows = config.layers_per_stage * sum(sizes.row_columns.values())
-    vocabulary, devices = sizes.vocabulary_parameters, placement.num_devices
+    vocabulary, devices = sizes.vocabulary_parameters, sizes.placement.num_devices
     tokens = config.batch.micro_batches * config.batch.tokens_per_worker
     program = {
         "weights": item * (rows + vocabulary / devices) + 8 * tokens,
         "gradients": wide * (rows + vocabulary / devices) + (item + wide) * vocabulary,
-        "stash": _stash(sizes),
-        "transport": _transport(sizes),
-        "workspace": max(_workspaces(sizes).values()),
     }
     held = {role: config.layers_per_stage * n for role, n in sizes.layer_parameters.items()}
     if config.split.colocated:
@@ -62,9 +68,7 @@ def predict_memory(sizes: Sizes) -> dict[str, Memory]:
     else:
         held = {f"{role.label} worker": parameters for role, parameters in held.items()}
     return {
-        kind: Memory(
-            state=MASTER_AND_MOMENTS * wide * (parameters + vocabulary / devices), **program
-        )
+        kind: {"state": MASTER_AND_MOMENTS * wide * (parameters + vocabulary / devices), **program}
         for kind, parameters in held.items()
     }
 

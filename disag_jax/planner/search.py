@@ -8,12 +8,17 @@ simulated step: what is found is the best of all that `candidates` lists, and al
 import dataclasses
 from collections.abc import Iterator
 
-from disag_jax.config import Config, Overlap, PlacementKind, Recompute
+from disag_jax.config import Config, Overlap, PlacementKind, Recompute, SplitConfig
 from disag_jax.errors import ConfigError
 from disag_jax.planner import overlaps
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.hardware import Hardware
-from disag_jax.planner.memory_model import missing_bytes, missing_in_words, predict_memory
+from disag_jax.planner.memory_model import (
+    missing_bytes,
+    missing_in_words,
+    predict_memory,
+    resident_bytes,
+)
 from disag_jax.planner.prediction import (
     assumed_load_factor,
     check_predictable,
@@ -68,6 +73,11 @@ class Fixed:
             if wanted is not None and getattr(holder, field.name) != wanted:
                 return False
         return True
+
+    def allows_split(self, split: SplitConfig) -> bool:
+        """Whether a split has all the values that are fixed, whatever it overlaps."""
+        names = ("replicas", "stages", "attention_workers", "expert_workers", "hop")
+        return all(getattr(self, name) in (None, getattr(split, name)) for name in names)
 
     def __str__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -130,6 +140,8 @@ def candidates(
                         attention_workers=attention, expert_workers=expert, hop=hop,
                         placement=placement,
                     )  # fmt: skip
+                    if not fixed.allows_split(split):
+                        continue  # before anything is made for each batch
                     for batch in _batches(config, replicas * attention, fixed):
                         found = dataclasses.replace(config, split=split, batch=batch)
                         yield from filter(fixed.allows, overlaps.ways(found))
@@ -193,6 +205,9 @@ def _fitting(
     """
     for candidate in candidates(config, num_devices, placement, fixed):
         load = assumed_load_factor(candidate, load_factor)
+        resident = resident_bytes(Sizes.of(candidate, load)).values()
+        if any(sum(parts.values()) > hardware.usable_bytes for parts in resident):
+            continue
         for recompute in [fixed.recompute] if fixed.recompute else LEAST_RECOMPUTE_FIRST:
             tried = with_recompute(candidate, recompute)
             if tried.split.overlap is Overlap.CHUNKED:
