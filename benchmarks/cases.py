@@ -101,7 +101,7 @@ def measure(case: Case, stepper: Stepper) -> dict:
 
 
 def run(cases: list, out: pathlib.Path, seconds: float, threads: int) -> tuple[list[dict], str]:
-    """Measures what `out` does not hold yet: (all results, what there was no time for).
+    """Measures what `out` does not hold yet: (all results, what failed or had no time, in words).
 
     As many programs as there are `threads` are compiled at once and then measured one after the
     other: what is compiled beside a measurement would disturb it. No case begins after `seconds`.
@@ -110,6 +110,7 @@ def run(cases: list, out: pathlib.Path, seconds: float, threads: int) -> tuple[l
     results = json.loads(out.read_text()) if out.exists() else []
     done = {(result["group"], result["name"]) for result in results}
     waiting = [case for case in cases if (case.group, case.name) not in done]
+    missing = []
     while waiting and time.perf_counter() - began < seconds:
         together, waiting = waiting[:threads], waiting[threads:]
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -117,18 +118,22 @@ def run(cases: list, out: pathlib.Path, seconds: float, threads: int) -> tuple[l
         print(f"{time.perf_counter() - began:.0f} s  {len(together)} compiled", flush=True)
         while together and time.perf_counter() - began < seconds:
             case = together.pop(0)
-            results.append(measure(case, steppers.pop(0)))
-            out.write_text(json.dumps(results, indent=1))
-            print(
-                f"{time.perf_counter() - began:.0f} s  {case.group}: {case.name}: "
-                f"{results[-1]['seconds']:.3f} s",
-                flush=True,
-            )
+            name = f"{case.group}: {case.name}"
+            try:
+                results.append(measure(case, steppers.pop(0)))
+                out.write_text(json.dumps(results, indent=1))
+                outcome = f"{results[-1]['seconds']:.3f} s"
+            except jax.errors.JaxRuntimeError as error:  # such as too little memory
+                outcome = f"failed: {str(error).splitlines()[0]}"
+                missing.append(f"{name} {outcome}")
+            print(f"{time.perf_counter() - began:.0f} s  {name}: {outcome}", flush=True)
             # The next one needs the memory.
             gc.collect()
         waiting = together + waiting
     late = "; ".join(f"{case.group}: {case.name}" for case in waiting)
-    return results, f"no time was left for {late}: go on with the same --out" if late else ""
+    if late:
+        missing.append(f"no time was left for {late}: go on with the same --out")
+    return results, "; ".join(missing)
 
 
 def differing_losses(results: list[dict], tolerance: float, *keys: str) -> list[str]:
@@ -148,10 +153,10 @@ def differing_losses(results: list[dict], tolerance: float, *keys: str) -> list[
     ]
 
 
-def conclude(wrong: list[str], late: str, sentence: str):
-    """Prints that all holds, or raises RunError with what does not."""
-    if late or wrong:
-        raise RunError("; ".join(filter(None, [*wrong, late])))
+def conclude(wrong: list[str], missing: str, sentence: str):
+    """Prints that all holds, or raises RunError with what does not and what is not measured."""
+    if missing or wrong:
+        raise RunError("; ".join(filter(None, [*wrong, missing])))
     print(sentence)
 
 

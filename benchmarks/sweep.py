@@ -298,14 +298,14 @@ def main(
     config.model.num_layers = layers
     config.batch.micro_batches = micro_batches or config.batch.micro_batches
     cases = sweep_cases(config, known, num_devices, *grid)
-    results, late = cases_lib.run(cases, pathlib.Path(out), seconds, threads)
+    results, missing = cases_lib.run(cases, pathlib.Path(out), seconds, threads)
     rich.console.Console(width=160).print(table(results))
     if plot:
         draw(results, pathlib.Path(plot))
     found = outcomes(results)
     print(f"placement chosen right in {sum(one.is_right for one in found)} of {len(found)} cells")
     wrong = check(results, TOLERANCES[config.run.compute_dtype])
-    cases_lib.conclude(wrong, late, "losses agree; the planner's claims hold")
+    cases_lib.conclude(wrong, missing, "losses agree; the planner's claims hold")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from benchmarks import cases as cases_lib
@@ -55,6 +56,24 @@ def test_no_case_begins_when_time_is_over(measured, tmp_path, monkeypatch):
     )
     again, late = cases_lib.run(cases, out, seconds=1000, threads=2)
     assert [r["name"] for r in again] == [one.name for one in cases] and late == ""
+
+
+def test_a_case_that_fails_is_said_and_the_others_are_measured(measured, tmp_path, monkeypatch):
+    works = cases_lib.measure
+
+    def measure(one, stepper):
+        if one.name == "split 1":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nand more lines")
+        return works(one, stepper)
+
+    monkeypatch.setattr(cases_lib, "measure", measure)
+    cases, out = [case(number) for number in range(3)], tmp_path / "out.json"
+    results, missing = cases_lib.run(cases, out, seconds=60, threads=2)
+    assert [r["name"] for r in results] == ["split 0", "split 2"] == measured
+    assert missing == "group 0: split 1 failed: RESOURCE_EXHAUSTED: 9 GiB"
+    monkeypatch.setattr(cases_lib, "measure", works)
+    results, missing = cases_lib.run(cases, out, seconds=60, threads=2)
+    assert len(results) == 3 and missing == ""
 
 
 def test_losses_are_compared_where_the_keys_are_equal():

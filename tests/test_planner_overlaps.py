@@ -121,6 +121,15 @@ def test_auto_sets_the_overlap_and_nothing_else(capsys):
     assert auto_placement.resolve(auto(expert_workers=1), "h100").split.overlap is Overlap.NONE
 
 
+def test_an_auto_placement_chooses_the_overlap_too():
+    for overlap in (dict(overlap=Overlap.AUTO), dict(overlap=Overlap.CHUNKED, forward_chunks=2)):
+        config = twin(placement=PlacementKind.AUTO, **overlap)
+        chosen = auto_placement.resolve(config, "h100").validate()
+        assert chosen.tokens_per_step == config.tokens_per_step
+        # On one node without a slow network the interleaved twin is the fastest of all.
+        assert chosen.split.overlap is Overlap.INTERLEAVED
+
+
 def test_auto_is_refused_where_it_cannot_choose():
     with pytest.raises(ConfigError, match=r"split.overlap = 'auto' must know the devices: cpu is"):
         auto_placement.resolve(auto())
