@@ -372,8 +372,8 @@ class Config:
         for holds, rule in (
             (
                 split.overlap is not Overlap.AUTO,
-                "none, chunked or interleaved here: only train.py chooses one (disag_jax.plan "
-                "shows it)",
+                "none, chunked or interleaved here: only a training run chooses one "
+                "(disag_jax.plan shows it)",
             ),
             (
                 not overlaps or split.colocated,
