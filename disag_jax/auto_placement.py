@@ -1,4 +1,7 @@
-"""`split.placement = auto`: the planner chooses the split for the devices that a run finds."""
+"""`split.placement` or `split.overlap` = auto: the planner chooses for the devices that are here.
+
+The placement's choice is the whole split, the overlap's that of a co-located split that is named.
+"""
 
 import dataclasses
 import re
@@ -10,10 +13,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from disag_jax import processes
-from disag_jax.config import Config, PlacementKind
+from disag_jax.config import Config, Overlap, PlacementKind
+from disag_jax.config_rules import require
 from disag_jax.errors import ConfigError
-from disag_jax.planner import search
+from disag_jax.planner import overlaps, search
 from disag_jax.planner.hardware import Hardware, known, load
+from disag_jax.planner.prediction import check_predictable
 
 # How far the gigabytes in a device's name may be from its data sheet's, as a share: 80 GB devices
 # have 79.2 GiB.
@@ -21,15 +26,20 @@ SAME_MEMORY = 0.05
 
 
 def resolve(config: Config, hardware_name: str | None = None) -> Config:
-    """The config with its split and micro-batches chosen, or itself where it names a placement.
+    """The config with its split and micro-batches, or its overlap, chosen; itself if all are named.
 
     The step's tokens stay, and so does all else: a resumed run may find other devices.
     """
-    if config.split.placement is not PlacementKind.AUTO:
-        return config
+    if config.split.placement is PlacementKind.AUTO:
+        return _with_split(config, hardware_name)
+    if config.split.overlap is Overlap.AUTO:
+        return _with_overlap(config, hardware_name)
+    return config
+
+
+def _with_split(config: Config, hardware_name: str | None) -> Config:
     devices = jax.devices()
-    # What a user names is taken as it is.
-    hardware = load(hardware_name) if hardware_name else _hardware_here()
+    hardware = _hardware("split.placement", hardware_name)
     # The split that stands there counts for its tokens alone.
     config = search.without_auto(config)
     fixed = search.Fixed(tokens_per_step=config.tokens_per_step, recompute=config.run.recompute)
@@ -48,11 +58,33 @@ def resolve(config: Config, hardware_name: str | None = None) -> Config:
     return best.config
 
 
-def _hardware_here() -> Hardware:
-    """The data sheet of the devices here, with as many a node and as much memory as there are."""
+def _with_overlap(config: Config, hardware_name: str | None) -> Config:
+    rule = "none with split.placement = disaggregated, whose transfers are always hidden"
+    require(config.split.colocated, "split.overlap", config.split.overlap, rule)
+    config = search.without_auto(config)
+    check_predictable(config)
+    hardware = _hardware("split.overlap", hardware_name)
+    best = overlaps.choose(config, hardware)
+    print(
+        f"split.overlap = auto: {best.config.split.overlap_in_words}; {best.step_seconds:.3f} s a "
+        f"step predicted on {config.split.num_devices} x {hardware.name}"
+    )
+    return best.config
+
+
+def _hardware(field: str, name: str | None) -> Hardware:
+    """What a user names, as it is; else what is here."""
+    return load(name) if name else _hardware_here(field)
+
+
+def _hardware_here(field: str) -> Hardware:
+    """The data sheet of the devices here, with as many a node and as much memory as there are.
+
+    field: what is auto.
+    """
     devices = jax.local_devices()
     # Refused by all processes alike, or some would wait for the others below.
-    sheet = processes.on_each(lambda: _hardware_of(devices[0].device_kind))
+    sheet = processes.on_each(lambda: _hardware_of(devices[0].device_kind, field))
     megabytes = (devices[0].memory_stats() or {}).get("bytes_limit", 0) >> 20
     host = zlib.crc32(socket.gethostname().encode()) >> 1
     here = np.array([host, len(devices), megabytes], np.int32)
@@ -80,7 +112,7 @@ def _as_found(sheet: Hardware, devices_per_node: int, megabytes: int) -> Hardwar
     return found
 
 
-def _hardware_of(device_kind: str) -> Hardware:
+def _hardware_of(device_kind: str, field: str) -> Hardware:
     """The data sheet of a kind of device: whole SXM modules, with the memory of the sheet."""
     words = re.split(r"[ -]", device_kind.upper())
     sizes = [int(word[:-2]) for word in words if re.fullmatch(r"\d+GB", word)]
@@ -91,6 +123,6 @@ def _hardware_of(device_kind: str) -> Hardware:
         if all(abs(size / sheet.memory_gibibytes - 1) < SAME_MEMORY for size in sizes):
             return sheet
     raise ConfigError(
-        f"split.placement = 'auto' must know the devices: {device_kind} is none of "
-        f"{', '.join(known())}, whole and with NVLink, and --hardware names no other"
+        f"{field} = 'auto' must know the devices: {device_kind} is none of {', '.join(known())}, "
+        "whole and with NVLink, and --hardware names no other"
     )

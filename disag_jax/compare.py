@@ -193,7 +193,7 @@ def _measure(config: Config, workdir: pathlib.Path, has_trace: bool) -> Measurem
         split=f"{split.replicas} x {split.stages} x "
         + (f"{split.attention_workers}/{split.expert_workers}" if split.colocated
            else f"({split.attention_workers}+{split.expert_workers})")
-        + ("" if split.overlap is Overlap.NONE else f" {split.overlap}"),
+        + ("" if split.overlap is Overlap.NONE else f" {split.overlap_in_words}"),
         tokens_per_worker=config.batch.tokens_per_worker,
         micro_batches=config.batch.micro_batches,
         losses=[step["loss"] for step in steps],

@@ -33,12 +33,13 @@ class Overlap(enum.StrEnum):
 
     NONE: nothing. CHUNKED: the experts' work on one chunk of a micro-batch while others travel.
     INTERLEAVED: the backward phase of one micro-batch while the forward phase of another exchanges
-    its tokens, and the other way round.
+    its tokens, and the other way round. AUTO, of train.py alone: the planner chooses one of them.
     """
 
     NONE = "none"
     CHUNKED = "chunked"
     INTERLEAVED = "interleaved"
+    AUTO = "auto"
 
 
 class Recompute(enum.StrEnum):
@@ -121,7 +122,8 @@ class SplitConfig:
         case always follows the last one. A step that overflows a bucket is run again in the next.
       placement: attention and experts on devices of their own, or (the twin) both on each device;
         auto has the planner choose the split for the devices at start-up.
-      overlap: co-located, what runs under the all-to-all.
+      overlap: co-located, what runs under the all-to-all; auto has the planner choose it, and the
+        chunks, at start-up.
       forward_chunks, backward_chunks: with overlap = chunked, into how many parts a micro-batch's
         tokens are cut in the forward and in the backward phase.
     """
@@ -140,6 +142,13 @@ class SplitConfig:
     @property
     def colocated(self) -> bool:
         return self.placement is PlacementKind.COLOCATED
+
+    @property
+    def overlap_in_words(self) -> str:
+        """What runs under the all-to-all, with the chunks if there are any."""
+        if self.overlap is Overlap.CHUNKED:
+            return f"in {self.forward_chunks} forward and {self.backward_chunks} backward chunks"
+        return self.overlap.value
 
     @property
     def num_devices(self) -> int:
@@ -361,6 +370,11 @@ class Config:
         overlaps, chunked = split.overlap is not Overlap.NONE, split.overlap is Overlap.CHUNKED
         degrees = {name: getattr(split, name) for name in ("forward_chunks", "backward_chunks")}
         for holds, rule in (
+            (
+                split.overlap is not Overlap.AUTO,
+                "none, chunked or interleaved here: only a training run chooses one "
+                "(disag_jax.plan shows it)",
+            ),
             (
                 not overlaps or split.colocated,
                 "none with split.placement = disaggregated, whose transfers are always hidden",

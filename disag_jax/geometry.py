@@ -114,9 +114,7 @@ class Geometry:
         assert self.chunks == 1 and self.C % count == 0, (self.chunks, self.C, count)
         if count == 1:
             return self
-        # In the worst case each chunk has as many part-filled tiles as the whole.
-        needed = (self.P + (count - 1) * self._worst_padding) / count
-        bucket = Bucket(self.C // count, int(_round_up(needed, self.tile)))
+        bucket = chunk_bucket(self.bucket, count, self.num_groups, self.tile)
         return dataclasses.replace(self, bucket=bucket, chunks=count)
 
     def whole_sorted_rows(self, needed):
@@ -161,6 +159,15 @@ def make_geometry(config: Config, bucket: Bucket | None = None) -> Geometry:
         bucket=bucket or buckets(config)[-1],
         tile=tile_rows(),
     )
+
+
+def chunk_bucket(bucket: Bucket, count: int, num_groups: int, tile: int) -> Bucket:
+    """The capacities of one of `count` equal chunks of a bucket's rows.
+
+    In the worst case each chunk has as many part-filled tiles as the whole.
+    """
+    needed = (bucket.sorted_rows + (count - 1) * num_groups * (tile - 1)) / count
+    return Bucket(bucket.rows // count, int(_round_up(needed, tile)))
 
 
 def expected_load(config: Config) -> tuple[float, float]:

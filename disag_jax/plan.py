@@ -13,7 +13,7 @@ import math
 import rich.console
 import rich.table
 
-from disag_jax.config import Config, Recompute
+from disag_jax.config import Config, Overlap, Recompute
 from disag_jax.errors import ConfigError
 from disag_jax.memory import in_words as bytes_in_words
 from disag_jax.planner import pictures
@@ -65,6 +65,8 @@ def make_plan(
         )
     if fixed.hop not in (None, 1, 2):
         raise ConfigError(f"hop = {fixed.hop} must be 1 or 2")
+    if fixed.overlap is Overlap.AUTO:
+        raise ConfigError("overlap = auto must be none, chunked or interleaved, or left out")
     if load_factor is not None and not 1 <= load_factor < math.inf:
         raise ConfigError(
             f"load_factor = {load_factor} must be finite and at least 1, the busiest worker's rows "
@@ -101,7 +103,9 @@ def table(plan: Plan) -> rich.table.Table:
         made.add_column(name, justify="right" if name else "left")
     for label, prediction in plan.rows:
         split, batch = prediction.config.split, prediction.config.batch
-        second = f"/{split.expert_workers}" if split.colocated else f" + {split.expert_workers}"
+        second = f" + {split.expert_workers}"
+        if split.colocated:
+            second = f"/{split.expert_workers}, overlap {split.overlap_in_words}"
         step = prediction.step_seconds
         idle = [shares["idle"][1] for shares in _shares_of_roles(prediction).values()]
         memory = " ".join(f"{m.total / 2**30:.0f}" for m in prediction.memory.values())
@@ -237,6 +241,9 @@ if __name__ == "__main__":
     }  # fmt: skip
     _FIXED["recompute"] = flags.DEFINE_enum_class(
         "recompute", None, Recompute, "keep run.recompute at this; by default as little as fits"
+    )
+    _FIXED["overlap"] = flags.DEFINE_enum_class(
+        "overlap", None, Overlap, "keep split.overlap of co-located splits at this; not auto"
     )
     _TIMELINE = flags.DEFINE_string("timeline", None, "JSON file for Perfetto to write")
     _PLOT = flags.DEFINE_string("plot", None, "PNG file to draw")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from disag_jax import memory
-from disag_jax.config import Config, Overlap, SplitConfig
+from disag_jax.config import Config, SplitConfig
 from disag_jax.flops import model_flops, peak_flops
 from disag_jax.logical import LeafMap, state_maps
 from disag_jax.pipeline import make_phases
@@ -89,10 +89,7 @@ def _split(stepper: Stepper) -> list[str]:
 
 
 def _overlap(split: SplitConfig) -> str:
-    if split.overlap is Overlap.CHUNKED:
-        chunks = f"{split.forward_chunks} forward and {split.backward_chunks} backward chunks"
-        return f", overlap in {chunks}"
-    return f", overlap {split.overlap}" if split.colocated else ""
+    return f", overlap {split.overlap_in_words}" if split.colocated else ""
 
 
 def _players(stepper: Stepper, devices, stage: int, role: Role) -> list[str]:

@@ -182,7 +182,7 @@ TYPES = [
     ("model.normalize_gates", 1, "True or False"),
     ("model.router_score", "softmax", "one of RouterScore.SOFTMAX, RouterScore.SIGMOID"),
     ("split.placement", "colocated", "one of PlacementKind.DISAGGREGATED, PlacementKind.COLOCATED"),
-    ("split.overlap", "auto", "one of Overlap.NONE, Overlap.CHUNKED, Overlap.INTERLEAVED"),
+    ("split.overlap", "both", "one of Overlap.NONE, Overlap.CHUNKED, Overlap.INTERLEAVED"),
     ("run.compute_dtype", "float16", "one of Dtype.BFLOAT16, Dtype.FLOAT32, Dtype.FLOAT64"),
 ]  # fmt: skip
 

@@ -138,10 +138,10 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_auto_knows_the_devices_that_its_data_sheets_are_of(kind):
     if KINDS[kind]:
-        assert auto_placement._hardware_of(kind).name == KINDS[kind]
+        assert auto_placement._hardware_of(kind, "split.placement").name == KINDS[kind]
         return
     with pytest.raises(ConfigError, match=f"{kind} is none of a100, .* and --hardware names no"):
-        auto_placement._hardware_of(kind)
+        auto_placement._hardware_of(kind, "split.placement")
 
 
 def test_auto_plans_for_the_hosts_and_the_memory_that_are_there(monkeypatch):
@@ -152,7 +152,7 @@ def test_auto_plans_for_the_hosts_and_the_memory_that_are_there(monkeypatch):
             return {"bytes_limit": 60 * 2**30}
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()] * 2)
-    found = auto_placement._hardware_here()
+    found = auto_placement._hardware_here("split.placement")
     assert (found.devices_per_node, found.nics_per_node) == (2, 2)
     assert found.usable_bytes == 60 * 2**30 and found.intra_node == H100.intra_node
     unknown = auto_placement._as_found(H100, 4, 0)

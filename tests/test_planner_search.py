@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from configs import balanced, qwen3_235b
 from disag_jax import plan
-from disag_jax.config import PlacementKind, Recompute, SplitConfig
+from disag_jax.config import Overlap, PlacementKind, Recompute, SplitConfig
 from disag_jax.errors import ConfigError
 from disag_jax.planner import hardware, search
 from disag_jax.planner.advice import Advice, advise, uneven_roles
+from disag_jax.planner.overlaps import with_best_degrees
 from disag_jax.planner.prediction import predict, step_seconds
 from disag_jax.planner.search import Fixed
 
@@ -47,6 +48,8 @@ def test_the_search_finds_what_trying_everything_finds(devices, micro_batches, k
     times = {}
     for one in search.candidates(config, devices, kind):
         kept = [search.with_recompute(one, policy) for policy in search.LEAST_RECOMPUTE_FIRST]
+        if one.split.overlap is Overlap.CHUNKED:
+            kept = list(filter(None, (with_best_degrees(policy, H100) for policy in kept)))
         fitting = [policy for policy in kept if predict(policy, H100).fits]
         if fitting:
             name = search.in_words(fitting[0])
@@ -102,8 +105,26 @@ def test_a_thousand_devices_take_seconds():
     config = qwen3_235b.get_config()
     config.batch.micro_batches = 1024
     began = time.process_time()
-    assert search.search(config, hardware.load("h200"), 1024, PlacementKind.DISAGGREGATED)
-    assert time.process_time() - began < 8
+    for kind in search.PLACEMENTS:
+        assert search.search(config, hardware.load("h200"), 1024, kind)
+    assert time.process_time() - began < 10
+
+
+def test_the_best_twin_is_found_among_all_overlaps():
+    config = small(micro_batches=16, num_layers=4)
+    slow = dataclasses.replace(H100, intra_node=H100.intra_node.scaled(1 / 20))
+    best = {
+        overlap: search.search(
+            config, slow, 4, PlacementKind.COLOCATED, Fixed(expert_workers=4, overlap=overlap)
+        )
+        for overlap in (None, Overlap.NONE, Overlap.CHUNKED, Overlap.INTERLEAVED)
+    }
+    for overlap, found in best.items():
+        assert overlap in (None, found.config.split.overlap)
+        assert found.config.validate() and predict(found.config, slow).fits
+    times = {overlap: found.seconds_per_token for overlap, found in best.items()}
+    assert times[None] == min(times.values()) < times[Overlap.NONE]
+    assert best[Overlap.CHUNKED].config.split.forward_chunks > 1
 
 
 def test_the_answer_is_the_same_twice():
@@ -195,14 +216,19 @@ def test_even_roles_are_not_called_uneven():
 
 def test_advice_names_a_change_that_does_turn_it_around():
     config = small(micro_batches=16, sequence_length=2048)
-    found = {kind: search.search(config, H100, 4, kind) for kind in search.PLACEMENTS}
-    advice = advise(config, H100, 4, found, Fixed(), None)
+    blocking = Fixed(overlap=Overlap.NONE)
+
+    def best(device):
+        return {
+            kind: search.search(config, device, 4, kind, blocking) for kind in search.PLACEMENTS
+        }
+
+    found = best(H100)
+    advice = advise(config, H100, 4, found, blocking, None)
     assert advice.placement is PlacementKind.COLOCATED
     (factor,) = re.findall(r"intra-node links (\d) times slower", advice.sentence)
     slow = dataclasses.replace(H100, intra_node=H100.intra_node.scaled(1 / int(factor)))
-    times = {
-        kind: search.search(config, slow, 4, kind).seconds_per_token for kind in search.PLACEMENTS
-    }
+    times = {kind: one.seconds_per_token for kind, one in best(slow).items()}
     assert times[PlacementKind.DISAGGREGATED] < times[PlacementKind.COLOCATED]
     only = advise(config, H100, 4, {**found, PlacementKind.COLOCATED: None}, Fixed(), None)
     assert only.sentence == "disaggregate: the other placement fits on no split of these devices"
@@ -265,6 +291,7 @@ def test_no_worker_has_more_than_everything():
          r"num_devices = 2 of h800 must hold qwen3_235b: .*worker .* GiB over"),
         (dict(num_devices=8, fixed=Fixed(stages=3)),
          r"num_devices = 8 must divide into replicas x stages x workers .* with stages = 3"),
+        (dict(num_devices=8, fixed=Fixed(overlap=Overlap.AUTO)), r"overlap = auto must be none"),
         (dict(num_devices=8, fixed=Fixed(stages=2, replicas=3)), r"with replicas = 3, stages = 2"),
         (dict(num_devices=8, fixed=Fixed(hop=3)), r"^hop = 3 must be 1 or 2$"),
         *[(dict(num_devices=8, load_factor=bad), rf"load_factor = {bad} must be finite and at l")

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disag_jax.planner import mixed_hop, simulator
-from disag_jax.planner.simulator import Timing
+from disag_jax.planner.lower_bound import lower_bound
+from disag_jax.planner.simulator import PhaseSeconds, Timing
 from disag_jax.schedule import IDLE, Column, make_schedule
 from mesh.m2n import forward_pairs
 from mesh.placement import Placement
@@ -32,10 +33,15 @@ def sizes(draw, max_waves=5):
 
 
 def make_timing(rng, num_classes, rounds, colocated=False) -> Timing:
-    forward, backward = rng.uniform(1, 3, (2, num_classes))
-    idle = rng.uniform(0, 0.5, (2, num_classes)) if colocated else np.zeros((2, num_classes))
+    """Random seconds; a twin overlaps in one of the ways that it can."""
+
+    def phases():
+        idle = rng.uniform(0, 0.5, (2, num_classes)) if colocated else np.zeros((2, num_classes))
+        return PhaseSeconds(*rng.uniform(1, 3, (2, num_classes)), *idle)
+
     f, b, loss = rng.uniform(0, 2, 3)
-    return Timing(forward, backward, *idle, f, b, rounds, loss, loss_waits=True)
+    in_turns, cool_down = (phases() if colocated and rng.random() < 0.5 else None for _ in range(2))
+    return Timing(*phases(), f, b, rounds, loss, True, in_turns, cool_down)
 
 
 @settings(max_examples=60)
@@ -89,15 +95,24 @@ def event_loop(schedule, timing: Timing, placement: Placement, backward_hop=None
     for segment in schedule.segments:
         for t in range(segment.begin, segment.end):
             forward, backward = dict.fromkeys(workers, 0.0), dict.fromkeys(workers, 0.0)
+            phases, in_turns = timing, False
+            if segment.has_forward and segment.has_backward and timing.interleaved:
+                phases, in_turns = timing.interleaved, True
+            if not segment.has_forward and timing.cool_down:
+                phases = timing.cool_down
             for w in workers:
                 c = class_of(w)
                 if segment.has_forward:
                     has_unit = runs(schedule.forward, t, w)
-                    forward[w] = (timing.forward if has_unit else timing.idle_forward)[c]
+                    forward[w] = (phases.forward if has_unit else phases.idle_forward)[c]
                 if segment.has_backward:
                     has_unit = runs(schedule.backward, t, w)
-                    backward[w] = (timing.backward if has_unit else timing.idle_backward)[c]
-            if backward_hop == 2:
+                    backward[w] = (phases.backward if has_unit else phases.idle_backward)[c]
+            if in_turns:
+                arrived = transfer(now, timing.backward_transfer)
+                ended = {w: arrived[w] + forward[w] + backward[w] for w in workers}
+                now = transfer(ended, timing.forward_transfer)
+            elif backward_hop == 2:
                 arrived = now
                 if segment.has_backward:
                     arrived = transfer(now, timing.backward_transfer)
@@ -175,7 +190,7 @@ def test_waves_that_repeat_can_be_left_out(size, rounds, seed):
     short = simulator.simulate(timing, *size[:4], **options)
     full = simulator.simulate(timing, *size[:4], **options, shorten=False)
     assert short.seconds == pytest.approx(full.seconds, rel=1e-12)
-    assert simulator.lower_bound(timing, *size) <= full.seconds * (1 + 1e-12)
+    assert lower_bound(timing, *size) <= full.seconds * (1 + 1e-12)
 
 
 @settings(max_examples=40)
@@ -201,3 +216,13 @@ def test_a_hand_made_step():
     run = simulator.simulate(timing, 1, 1, 1, 1, colocated=False)
     # The loss's period also has both transfers, which nothing needs but the loop waits for.
     assert run.seconds == pytest.approx(2 + 1 + 3 + 1 + (0.5 + 5) + 0.5 + 4 + 0.5 + 6)
+
+
+def test_both_transfers_of_phases_in_turns_wait_for_the_neighbours():
+    # Five stages, the middle one late: a transfer before the phases and one behind carry that on.
+    now, ring = np.array([0.0, 0.0, 5.0, 0.0, 0.0]), simulator._Ring(5, rounds=1)
+    ends = simulator._in_turns(now, 2.0, 3.0, (0.25, 0.5), ring)
+    forward_end, backward_begin, backward_end, end = ends
+    assert forward_end.tolist() == [2.5, 7.5, 7.5, 7.5, 2.5]
+    assert (backward_begin == forward_end).all() and (backward_end == forward_end + 3).all()
+    assert end.tolist() == [10.75] * 5

@@ -7,11 +7,8 @@ import pytest
 
 from disag_jax.config import Dtype, Overlap, PlacementKind, Recompute, SplitConfig
 from disag_jax.dispatch import cotangent_template, message_template
-from disag_jax.errors import ConfigError
 from disag_jax.geometry import buckets, make_geometry
 from disag_jax.phases import Layouts
-from disag_jax.planner.prediction import predict
-from disag_jax.planner.search import PLACEMENTS, candidates
 from disag_jax.planner.sizes import TILE, Sizes
 from disag_jax.stash import StashPool
 from disag_jax.units import AttentionUnit, ExpertUnit
@@ -25,18 +22,11 @@ SPLITS = {
     "more experts": SplitConfig(stages=1, attention_workers=1, expert_workers=4),
     "more attention": SplitConfig(stages=2, attention_workers=3, expert_workers=1),
     "twin": SplitConfig(stages=1, attention_workers=4, expert_workers=2, placement=COLOCATED),
-}
-
-
-def test_what_overlaps_is_not_predicted_and_a_search_has_none_of_it():
-    split = dataclasses.replace(SPLITS["twin"], overlap=Overlap.CHUNKED, backward_chunks=2)
-    config = support.small_config(split, num_experts=6)
-    config.run.compute_dtype = Dtype.BFLOAT16
-    with pytest.raises(ConfigError, match=r"split.overlap = chunked must be none for a prediction"):
-        predict(config, None)
-    for placement in PLACEMENTS:
-        found = list(candidates(config, 4, placement))
-        assert found and all(c.validate().split.overlap is Overlap.NONE for c in found)
+    "twin in chunks": SplitConfig(
+        attention_workers=4, expert_workers=2, placement=COLOCATED, overlap=Overlap.CHUNKED,
+        forward_chunks=4, backward_chunks=4,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", Dtype)
@@ -44,6 +34,7 @@ def test_what_overlaps_is_not_predicted_and_a_search_has_none_of_it():
 def test_sizes_are_the_programs(split, recompute, dtype):
     config = support.small_config(SPLITS[split], num_shared_experts=1, num_experts=6, top_k=3)
     config.run = dataclasses.replace(config.run, compute_dtype=dtype, recompute=recompute)
+    chunks = config.split.backward_chunks
     for bucket in buckets(config, TILE):
         geometry = dataclasses.replace(make_geometry(config, bucket), tile=TILE)
         sizes = Sizes(config, bucket, 1.0)
@@ -58,10 +49,13 @@ def test_sizes_are_the_programs(split, recompute, dtype):
             assert codec.num_words * codec.word_bytes == size
         templates = {
             Role.ATTENTION: AttentionUnit(geometry).stash_template(),
-            Role.EXPERT: ExpertUnit(geometry).stash_template(),
+            Role.EXPERT: ExpertUnit(geometry.in_chunks(chunks)).stash_template(),
         }
+        part, chunk = geometry.in_chunks(chunks), sizes.in_chunks(chunks)
+        assert (part.bucket, part.M * part.C) == (chunk.bucket, chunk.rows)
         for role in Role:
             slots = tuple(3 * (other is role) for other in Role)
+            slots = slots[0], chunks * slots[1]
             pool = StashPool(templates, slots, geometry.compute_dtype, config.split.colocated)
             assert pool.num_bytes == 3 * sizes.stash_entry_bytes[role]
         assert sizes.layer_parameters == {role: layouts[role].num_columns for role in Role}

@@ -8,12 +8,14 @@ how long is the hardware's (`Hardware.unit_seconds`).
 import dataclasses
 import functools
 
-from disag_jax.config import Config, Recompute
+from disag_jax.chunk_model import Operation
+from disag_jax.config import Config, Overlap, Recompute
 from disag_jax.flops import FORWARD_AND_BACKWARD, attention_layer
 from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.roofline import expected_copies
 from disag_jax.planner.sizes import Sizes, expert_parameters, half_full_tiles
 from disag_jax.planner.topology import StageLinks
+from disag_jax.reduction import sums_rows_early
 from mesh.roles import Role
 
 # Score products of the fused backward pass, which makes the scores anew, over those of the forward
@@ -68,16 +70,6 @@ def unit_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
         products_again -= 2 * tokens * width * projected * model.head_dim
     attention_kept = sum(sizes.attention_kept_bytes)
 
-    pairs = sizes.pairs if pairs is None else pairs
-    padded = min(pairs + half_full_tiles(config), max(sizes.bucket.sorted_rows, pairs))
-    expert_products = 2 * padded * expert_parameters(model)
-    rows = sizes.rows * width * item
-    sorted_hidden = sizes.bucket.sorted_rows * width * item
-    sorted_inner = sizes.bucket.sorted_rows * model.expert_width * item
-    expert_weights = sizes.layer_parameters[Role.EXPERT]
-    # The gate and up products; that of `down` is not needed again.
-    expert_again = 0 if recompute is Recompute.NONE else 2 / 3
-    expert_kept = sum(sizes.expert_kept_bytes)
     return {
         # Sum of copies, two norms, residual, stash; RoPE; gather, encode and decode of messages;
         # what is kept is read and written.
@@ -92,6 +84,33 @@ def unit_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
             SCORE_BACKWARD * scores + scores_again,
             17 * hidden + 4 * heads + 8 * slots + sums + 2 * attention_kept,
         ),
+        **expert_work(sizes, pairs),
+        "loss": _loss_work(sizes),
+    }  # fmt: skip
+
+
+def expert_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
+    """The work of the expert units alone, of one chunk if `sizes` are a chunk's.
+
+    Every chunk fills up the tiles of each expert, reads its weights, and reads and writes its sums
+    of gradients.
+
+    pairs: as `unit_work`.
+    """
+    config, model = sizes.config, sizes.config.model
+    recompute, item, wide = config.run.recompute, sizes.item_bytes, sizes.wide_bytes
+    width = model.d_model
+    pairs = sizes.pairs if pairs is None else pairs
+    padded = min(pairs + half_full_tiles(config), max(sizes.bucket.sorted_rows, pairs))
+    expert_products = 2 * padded * expert_parameters(model)
+    rows = sizes.rows * width * item
+    sorted_hidden = sizes.bucket.sorted_rows * width * item
+    sorted_inner = sizes.bucket.sorted_rows * model.expert_width * item
+    expert_weights = sizes.layer_parameters[Role.EXPERT]
+    # The gate and up products; that of `down` is not needed again.
+    expert_again = 0 if recompute is Recompute.NONE else 2 / 3
+    expert_kept = sum(sizes.expert_kept_bytes)
+    return {
         # Decode, norm, stash, residual, encode; sort, sum over choices; SwiGLU; weights; what is
         # kept.
         "expert_forward": Work(
@@ -105,7 +124,6 @@ def unit_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
             2 * (10 * rows + 3 * sorted_hidden + 3 * sorted_inner)
             + expert_weights * (item + 2 * wide),
         ),
-        "loss": _loss_work(sizes),
     }  # fmt: skip
 
 
@@ -155,13 +173,45 @@ class Costs:
 
     @functools.cached_property
     def unit_seconds(self) -> dict[str, float]:
-        """Seconds of each unit and of the loss share, by `hardware.UNITS`."""
-        slowdown = {} if self.config.split.colocated else self.hardware.slowdown_beside_transfers
+        """Seconds of each unit, of all its chunks, and of the loss share, by `hardware.UNITS`."""
+        degrees = self.chunks
         return {
-            name: slowdown.get(name, 1.0)
-            * self.hardware.unit_seconds(name, work.products, work.scores, work.num_bytes)
+            name: degrees[name] * self.expert_seconds(name, degrees[name])
+            if name in degrees
+            else self._seconds(name, work, self._has_exchange_beside)
             for name, work in unit_work(self.sizes).items()
         }
+
+    @property
+    def chunks(self) -> dict[str, int]:
+        """In how many chunks a worker's rows pass each expert unit."""
+        split = self.config.split
+        return {"expert_forward": split.forward_chunks, "expert_backward": split.backward_chunks}
+
+    def expert_seconds(self, unit: str, chunks: int) -> float:
+        """Seconds of one of `chunks` chunks in an expert unit."""
+        work = expert_work(self.sizes.in_chunks(chunks))[unit]
+        return self._seconds(unit, work, self._has_exchange_beside or chunks > 1)
+
+    @property
+    def _has_exchange_beside(self) -> bool:
+        """Whether all units run beside transfers; those of chunks do where there are several."""
+        split = self.config.split
+        return not split.colocated or split.overlap is Overlap.INTERLEAVED
+
+    def _seconds(self, unit: str, work: Work, has_transfer_beside: bool) -> float:
+        seconds = self.hardware.unit_seconds(unit, work.products, work.scores, work.num_bytes)
+        slowdown = self.hardware.slowdown_beside_transfers.get(unit, 1.0)
+        return slowdown * seconds if has_transfer_beside else seconds
+
+    def regroup_seconds(self, forward_chunks: int, backward_chunks: int) -> float:
+        """Dealing the arrived rows to other chunks for the backward phase, where there are such."""
+        if forward_chunks == backward_chunks:
+            return 0.0
+        # Joined, cut and stashed: each a read and a write; every chunk is sorted by itself.
+        hidden = self.sizes.rows * self.config.model.d_model * self.sizes.item_bytes
+        overhead = 1e-6 * self.hardware.unit_overhead_microseconds
+        return backward_chunks * overhead + 6 * hidden / self.hardware.bytes_per_second
 
     @property
     def forward_transfer(self) -> float:
@@ -195,19 +245,14 @@ class Costs:
         far = self.links.pipeline.many_to_many.seconds(share * num_bytes, rounds)
         return far + self.hardware.intra_node.many_to_many.seconds(num_bytes, rounds)
 
-    @property
-    def forward_exchange(self) -> float:
-        """One all-to-all of the twin's forward phase, within a group of expert workers."""
-        return self._exchange(self.sizes.message_bytes)
+    def exchange(self, slot_bytes: float, chunks: int = 1) -> Operation:
+        """One all-to-all of the twin within a group of expert workers, in `chunks` chunks.
 
-    @property
-    def backward_exchange(self) -> float:
-        return self._exchange(self.sizes.cotangent_bytes)
-
-    def _exchange(self, slot_bytes: float) -> float:
+        slot_bytes: `sizes.message_bytes` forward, `sizes.cotangent_bytes` backward.
+        """
         if not self.sizes.placement.colocated:
-            return 0.0
-        return self.links.all_to_all_seconds(slot_bytes)
+            return Operation()
+        return self.links.all_to_all_parts(slot_bytes, chunks)
 
     @property
     def loss_transfer(self) -> float:
@@ -230,7 +275,8 @@ class Costs:
         """Sums of gradients at the end of the pipeline program, one after the other.
 
         Attention rows over a stage's attention workers (co-located, both roles' rows over those
-        that hold the same), whole rows over the replicas, the vocabulary over all devices.
+        that hold the same), whole rows over the replicas, the vocabulary over all devices. Where
+        the loop sums attention's, that of one layer is left.
         """
         placement, wide = self.sizes.placement, self.sizes.wide_bytes
         rows = self.config.layers_per_stage * wide
@@ -238,12 +284,21 @@ class Costs:
         shared = self.config.model.num_shared_experts * expert_parameters(self.config.model)
         # Disaggregated, the workers of both roles take part with as many columns as either needs.
         alike = layer[Role.ATTENTION] if placement.colocated else max(layer[Role.ATTENTION], shared)
-        seconds = self.links.stage.all_reduce(rows * alike)
+        if sums_rows_early(self.config):
+            seconds = self.reduce_layer
+        else:
+            seconds = self.links.stage.all_reduce(rows * alike)
         if placement.colocated:
             seconds += self.links.expert_copies.all_reduce(rows * layer[Role.EXPERT])
             seconds += self.links.expert_groups.all_reduce(rows * shared)
         seconds += self.links.replicas.all_reduce(rows * columns)
         return seconds + self.links.world.all_gather(self.sizes.vocabulary_parameters * wide)
+
+    @property
+    def reduce_layer(self) -> float:
+        """The sum of a layer's attention gradients over a stage's workers."""
+        num_bytes = self.sizes.wide_bytes * self.sizes.layer_parameters[Role.ATTENTION]
+        return self.links.stage.all_reduce(num_bytes)
 
     @property
     def update(self) -> float:

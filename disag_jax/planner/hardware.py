@@ -113,7 +113,7 @@ class Hardware:
       intra_node, inter_node: the links; None where there is one node.
       unit_fits: measured times by unit (`UNITS`); an absent unit's time follows from the rates.
       slowdown_beside_transfers: measured time of a unit while a transfer runs beside it, over its
-        time alone; 1 for an absent unit. The twin's units run alone.
+        time alone; 1 for an absent unit. A twin that blocks has nothing beside its units.
       update_milliseconds_per_gigaparameter: measured time of the optimizer and of packing weights;
         None takes the bytes that they move.
     """

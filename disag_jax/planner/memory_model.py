@@ -7,6 +7,7 @@ it runs is an estimate: the arrays that its backward pass must have at the same 
 
 import dataclasses
 
+from disag_jax.config import Overlap
 from disag_jax.memory import in_words
 from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.simulator import stash_slots
@@ -43,17 +44,23 @@ class Memory:
 
 def predict_memory(sizes: Sizes) -> dict[str, Memory]:
     """The memory of each kind of worker, named as `Placement.kind_of` does."""
-    config, placement = sizes.config, sizes.placement
-    item, wide = sizes.item_bytes, sizes.wide_bytes
+    program = {
+        "stash": _stash(sizes),
+        "transport": _transport(sizes),
+        "workspace": max(_workspaces(sizes).values()),
+    }
+    return {kind: Memory(**kept, **program) for kind, kept in resident_bytes(sizes).items()}
+
+
+def resident_bytes(sizes: Sizes) -> dict[str, dict[str, float]]:
+    """Bytes of each kind of worker, by `Memory`'s names, that recomputing does not change."""
+    config, item, wide = sizes.config, sizes.item_bytes, sizes.wide_bytes
     rows = config.layers_per_stage * sum(sizes.row_columns.values())
-    vocabulary, devices = sizes.vocabulary_parameters, placement.num_devices
+    vocabulary, devices = sizes.vocabulary_parameters, sizes.placement.num_devices
     tokens = config.batch.micro_batches * config.batch.tokens_per_worker
     program = {
         "weights": item * (rows + vocabulary / devices) + 8 * tokens,
         "gradients": wide * (rows + vocabulary / devices) + (item + wide) * vocabulary,
-        "stash": _stash(sizes),
-        "transport": _transport(sizes),
-        "workspace": max(_workspaces(sizes).values()),
     }
     held = {role: config.layers_per_stage * n for role, n in sizes.layer_parameters.items()}
     if config.split.colocated:
@@ -61,9 +68,7 @@ def predict_memory(sizes: Sizes) -> dict[str, Memory]:
     else:
         held = {f"{role.label} worker": parameters for role, parameters in held.items()}
     return {
-        kind: Memory(
-            state=MASTER_AND_MOMENTS * wide * (parameters + vocabulary / devices), **program
-        )
+        kind: {"state": MASTER_AND_MOMENTS * wide * (parameters + vocabulary / devices), **program}
         for kind, parameters in held.items()
     }
 
@@ -85,7 +90,8 @@ def _stash(sizes: Sizes) -> float:
         config.model.num_layers, split.stages, config.batch.micro_batches, split.hop,
         split.colocated,
     )  # fmt: skip
-    pools = [slots[role] * sizes.stash_entry_bytes[role] for role in Role]
+    entries = sizes.stash_entry_bytes
+    pools = [slots[role] * entries[role] for role in Role]
     # The roles' pools share a shape, as rows do.
     return sum(pools) if split.colocated else max(pools)
 
@@ -97,8 +103,24 @@ def _transport(sizes: Sizes) -> float:
     if placement.colocated:
         # Boxes live within a phase, hidden states between phases.
         tokens = sizes.config.batch.tokens_per_worker
-        return boxes + 4 * tokens * sizes.config.model.d_model * sizes.item_bytes
+        hidden = 4 * tokens * sizes.config.model.d_model * sizes.item_bytes
+        return _twin_boxes(sizes, boxes) + hidden
     return (2 if sizes.config.split.hop == 1 else 3) * boxes
+
+
+def _twin_boxes(sizes: Sizes, boxes: float) -> float:
+    """Messages of the twin; `boxes`: one forward and one backward, about a phase's sent and back.
+
+    Two phases in turns have what either sends and what it receives. In chunks, the two that travel
+    side by side are joined before and cut after; rows to be dealt again wait for their last one.
+    """
+    split = sizes.config.split
+    if split.overlap is Overlap.INTERLEAVED:
+        return 2 * boxes
+    fewest, most = sorted((split.forward_chunks, split.backward_chunks))
+    joined = 4 * boxes / most if most > 2 else 0.0
+    waiting = sizes.placement.rounds * sizes.message_bytes if fewest < most else 0.0
+    return boxes + joined + waiting
 
 
 def _workspaces(sizes: Sizes) -> dict[str, float]:
@@ -109,13 +131,14 @@ def _workspaces(sizes: Sizes) -> dict[str, float]:
     hidden = tokens * model.d_model * item
     heads = tokens * (model.num_heads + model.num_kv_heads) * model.head_dim * item
     chunk = min(tokens, config.run.loss_chunk) * model.vocab_size
+    part = sizes.in_chunks(config.split.backward_chunks)
     return {
         # Hidden states and their gradients at four places; q k v, output and their gradients;
         # scores of the router.
         "attention": 8 * hidden + 4 * heads + 3 * tokens * model.num_experts * wide,
         # Sorted rows and gradients at both ends; gate, up and product with theirs; the rows.
-        "expert": sizes.bucket.sorted_rows * item * (3 * model.d_model + 6 * inner)
-        + 3 * sizes.rows * model.d_model * item,
+        "expert": part.bucket.sorted_rows * item * (3 * model.d_model + 6 * inner)
+        + 3 * part.rows * model.d_model * item,
         # Logits, probabilities, and their gradient in the compute type.
         "loss": chunk * (2 * wide + item) + 4 * hidden,
     }

@@ -9,10 +9,12 @@ from disag_jax.config import Config, Dtype, Overlap
 from disag_jax.errors import ConfigError
 from disag_jax.flops import flops_per_device
 from disag_jax.geometry import expected_load, placement_of
+from disag_jax.planner import twin
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.hardware import Hardware
+from disag_jax.planner.lower_bound import lower_bound
 from disag_jax.planner.memory_model import Memory, missing_bytes, predict_memory
-from disag_jax.planner.simulator import Run, Timing, lower_bound, simulate
+from disag_jax.planner.simulator import PhaseSeconds, Run, Timing, simulate
 from disag_jax.planner.sizes import Sizes
 
 
@@ -44,7 +46,7 @@ class Prediction:
       outside_loop: of it, seconds outside the schedule's periods, by name.
       exposed_communication: of it, seconds that transfers free of charge would save.
       unit_seconds: of each unit, by name.
-      transfers: seconds of each transfer, by name.
+      transfers: seconds of each transfer, by name; of an all-to-all, in one piece.
       workers: where the time goes, by class of workers.
       memory: bytes, by kind of worker.
       run: the simulated clocks.
@@ -81,15 +83,10 @@ class Prediction:
 
 
 def check_predictable(config: Config):
-    """ConfigError unless a model of the config's time exists.
-
-    All rates are those of bfloat16, and an overlapped all-to-all has no model yet.
-    """
-    dtype, overlap = config.run.compute_dtype, config.split.overlap
+    """ConfigError unless the config computes in bfloat16: all rates are of it."""
+    dtype = config.run.compute_dtype
     if dtype is not Dtype.BFLOAT16:
         raise ConfigError(f"run.compute_dtype = {dtype} must be bfloat16 for a prediction")
-    if overlap is not Overlap.NONE:
-        raise ConfigError(f"split.overlap = {overlap} must be none for a prediction")
 
 
 def predict(config: Config, hardware: Hardware, load_factor: float | None = None) -> Prediction:
@@ -186,35 +183,38 @@ def timing_of(costs: Costs, *, free_transfers: bool = False) -> Timing:
     """What the simulator needs, by class of workers."""
     placement, units = placement_of(costs.config), costs.unit_seconds
     share = 0.0 if free_transfers else 1.0
-    attention, expert = (
-        np.array([units[f"{role}_forward"], units[f"{role}_backward"]])
-        for role in ("attention", "expert")
-    )
-    if placement.colocated:
-        idle = 2 * share * np.array([[costs.forward_exchange], [costs.backward_exchange]])
-        busy = (attention + expert)[:, None] + idle
-    else:
-        idle = np.zeros((2, 2))
-        busy = np.stack([attention, expert], axis=1)
-    busy, idle = (np.tile(seconds, placement.stages) for seconds in (busy, idle))
-    return Timing(
-        forward=busy[0],
-        backward=busy[1],
-        idle_forward=idle[0],
-        idle_backward=idle[1],
+    shared = dict(
         forward_transfer=share * costs.forward_transfer,
         backward_transfer=share * costs.backward_transfer,
         rounds=1 if placement.colocated else placement.rounds,
         loss=units["loss"] + share * costs.loss_transfer,
         loss_waits=placement.workers > placement.attention_workers,
     )
+    if not placement.colocated:
+        forward, backward = (
+            np.tile([units[f"attention_{phase}"], units[f"expert_{phase}"]], placement.stages)
+            for phase in ("forward", "backward")
+        )
+        return Timing(forward, backward, *np.zeros((2, len(forward))), **shared)
+
+    def of_stages(phases: PhaseSeconds) -> PhaseSeconds:
+        return PhaseSeconds(*(np.full(placement.stages, seconds) for seconds in phases))
+
+    in_turns = costs.config.split.overlap is Overlap.INTERLEAVED
+    return Timing(
+        *of_stages(twin.alone(costs, share)),
+        **shared,
+        interleaved=of_stages(twin.interleaved(costs, share)) if in_turns else None,
+        cool_down=of_stages(twin.cool_down(costs, share)),
+    )
 
 
 def _transfers(costs: Costs) -> dict[str, float]:
     if costs.config.split.colocated:
+        forward, backward = (twin.exchange(costs, unit).of_chunk(1) for unit in twin.EXPERT_UNITS)
         found = {
-            "all-to-all forward": costs.forward_exchange,
-            "all-to-all backward": costs.backward_exchange,
+            "all-to-all forward": forward,
+            "all-to-all backward": backward,
             "to the next stage": costs.forward_transfer,
         }
     else:
@@ -232,7 +232,8 @@ def _worker_times(costs: Costs, step: float, exposed: float) -> list[WorkerTime]
         for role in ("attention", "expert")
     }
     if split.colocated:
-        layer = {"worker": sum(layer.values())}
+        regroup = costs.regroup_seconds(split.forward_chunks, split.backward_chunks)
+        layer = {"worker": sum(layer.values()) + regroup}
     outside = costs.gradient_passes + costs.update + 1e-3 * costs.hardware.host_milliseconds
     times = []
     for stage in range(split.stages):

@@ -8,11 +8,17 @@ simulated step: what is found is the best of all that `candidates` lists, and al
 import dataclasses
 from collections.abc import Iterator
 
-from disag_jax.config import Config, Overlap, PlacementKind, Recompute
+from disag_jax.config import Config, Overlap, PlacementKind, Recompute, SplitConfig
 from disag_jax.errors import ConfigError
+from disag_jax.planner import overlaps
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.hardware import Hardware
-from disag_jax.planner.memory_model import missing_bytes, missing_in_words, predict_memory
+from disag_jax.planner.memory_model import (
+    missing_bytes,
+    missing_in_words,
+    predict_memory,
+    resident_bytes,
+)
 from disag_jax.planner.prediction import (
     assumed_load_factor,
     check_predictable,
@@ -40,6 +46,7 @@ class Fixed:
     Attributes:
       tokens_per_step: exactly so many; None lets them differ by `TOKEN_TOLERANCE`.
       recompute: as in RunConfig; None recomputes as little as fits.
+      overlap: of co-located splits.
     """
 
     replicas: int | None = None
@@ -50,6 +57,7 @@ class Fixed:
     tokens_per_worker: int | None = None
     tokens_per_step: int | None = None
     recompute: Recompute | None = None
+    overlap: Overlap | None = None
 
     def allows(self, config: Config) -> bool:
         """Whether a config has all the values that are fixed."""
@@ -57,12 +65,19 @@ class Fixed:
             if field.name == "recompute":
                 continue  # the search sets it
             wanted = getattr(self, field.name)
+            if field.name == "overlap" and not config.split.colocated:
+                continue
             holder = next(
                 part for part in (config, config.batch, config.split) if hasattr(part, field.name)
             )
             if wanted is not None and getattr(holder, field.name) != wanted:
                 return False
         return True
+
+    def allows_split(self, split: SplitConfig) -> bool:
+        """Whether a split has all the values that are fixed, whatever it overlaps."""
+        names = ("replicas", "stages", "attention_workers", "expert_workers", "hop")
+        return all(getattr(self, name) in (None, getattr(split, name)) for name in names)
 
     def __str__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -90,11 +105,16 @@ class Found:
 
 
 def without_auto(config: Config) -> Config:
-    """A valid config to search around: where it leaves the placement open, any will do."""
-    if config.split.placement is PlacementKind.AUTO:
-        split = dataclasses.replace(config.split, placement=PlacementKind.DISAGGREGATED)
-        config = dataclasses.replace(config, split=split)
-    return config.validate()
+    """A valid config to search around: where it leaves placement or overlap open, any will do."""
+    split = config.split
+    if split.placement is PlacementKind.AUTO:
+        split = dataclasses.replace(split, placement=PlacementKind.DISAGGREGATED)
+        split = dataclasses.replace(
+            split, overlap=Overlap.NONE, forward_chunks=1, backward_chunks=1
+        )
+    elif split.overlap is Overlap.AUTO:
+        split = dataclasses.replace(split, overlap=Overlap.NONE)
+    return dataclasses.replace(config, split=split).validate()
 
 
 def candidates(
@@ -104,7 +124,8 @@ def candidates(
 
     Stages of g workers, p of them and D replicas with D p g = num_devices; M and N with M + N = g
     (co-located M = g and N any divisor of g); whole sequences per micro-batch, by powers of two;
-    both hops (co-located one). The twin's overlap is none, the only one whose time is modelled.
+    both hops (co-located one). Co-located splits with each overlap that they can have, chunks in
+    the degrees of `overlaps.ways`: a search finds better ones.
     """
     fixed = fixed or Fixed()
     for group in _divisors(num_devices):
@@ -117,13 +138,13 @@ def candidates(
                     split = dataclasses.replace(
                         config.split, replicas=replicas, stages=stages,
                         attention_workers=attention, expert_workers=expert, hop=hop,
-                        placement=placement, overlap=Overlap.NONE, forward_chunks=1,
-                        backward_chunks=1,
+                        placement=placement,
                     )  # fmt: skip
+                    if not fixed.allows_split(split):
+                        continue  # before anything is made for each batch
                     for batch in _batches(config, replicas * attention, fixed):
                         found = dataclasses.replace(config, split=split, batch=batch)
-                        if fixed.allows(found):
-                            yield found
+                        yield from filter(fixed.allows, overlaps.ways(found))
 
 
 def search(
@@ -178,11 +199,22 @@ def _fitting(
     fixed: Fixed,
     load_factor: float | None = None,
 ) -> Iterator[Costs]:
-    """The candidates that fit the memory, each recomputing as little as lets it fit."""
+    """The candidates that fit the memory, each recomputing as little as lets it fit.
+
+    Chunks are in the best degrees; where one piece is better, the candidate is left out.
+    """
     for candidate in candidates(config, num_devices, placement, fixed):
         load = assumed_load_factor(candidate, load_factor)
+        resident = resident_bytes(Sizes.of(candidate, load)).values()
+        if any(sum(parts.values()) > hardware.usable_bytes for parts in resident):
+            continue
         for recompute in [fixed.recompute] if fixed.recompute else LEAST_RECOMPUTE_FIRST:
-            sizes = Sizes.of(with_recompute(candidate, recompute), load)
+            tried = with_recompute(candidate, recompute)
+            if tried.split.overlap is Overlap.CHUNKED:
+                tried = overlaps.with_best_degrees(tried, hardware, load)
+            if tried is None:
+                continue
+            sizes = Sizes.of(tried, load)
             if not missing_bytes(predict_memory(sizes), hardware):
                 yield Costs(sizes, hardware)
                 break
@@ -224,6 +256,7 @@ def _coordinates(config: Config) -> dict[str, float]:
         "stages": split.stages,
         "workers a stage": workers,
         "hops": split.hop,
+        "overlap": list(Overlap).index(split.overlap),
     }
 
 
@@ -267,7 +300,8 @@ def in_words(config: Config) -> str:
     """A split and its batch, short."""
     split, batch = config.split, config.batch
     roles = (
-        f"{split.attention_workers} of both roles in groups of {split.expert_workers}"
+        f"{split.attention_workers} of both roles in groups of {split.expert_workers}, overlap "
+        f"{split.overlap_in_words}"
         if split.colocated
         else f"{split.attention_workers} + {split.expert_workers}"
     )

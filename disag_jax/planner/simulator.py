@@ -12,7 +12,9 @@ What the loop does in a period, with hop 1:
     loss, where one is due: of all workers together
 
 With hop 2 both transfers carry what the last period made, and have the whole period; with hop 1
-forward and 2 backward (disag_jax/planner/mixed_hop.py) the backward one has. A device's
+forward and 2 backward (disag_jax/planner/mixed_hop.py) the backward one has. A twin that
+interleaves its phases (disag_jax/interleaved.py) hides no transfer: the backward one is before both
+phases, the forward one behind them. A device's
 transfers follow one another. A transfer is R rounds of pairwise exchanges with both neighbours of
 the ring: in round r a worker waits for those that its partners finished in round r - 1, so after R
 rounds it has waited for all classes within R of it.
@@ -20,6 +22,7 @@ rounds it has waited for all classes within R of it.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,17 +33,27 @@ from disag_jax.schedule import Segment
 KEPT_WAVES = 6
 
 
+class PhaseSeconds(NamedTuple):
+    """Of a phase with a unit, and without one (the twin's exchanges run all the same)."""
+
+    forward: np.ndarray
+    backward: np.ndarray
+    idle_forward: np.ndarray
+    idle_backward: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Seconds of what a loop is made of; arrays [classes].
 
     Attributes:
-      forward, backward: of a phase with a unit.
-      idle_forward, idle_backward: of a phase without one (the twin's exchanges run all the same).
+      forward, backward, idle_forward, idle_backward: as `PhaseSeconds`.
       forward_transfer, backward_transfer: all rounds of one transfer.
       rounds: R, of a transfer.
       loss: scattering, a share's head, gathering.
       loss_waits: whether a loss needs all workers; the twin with one stage computes its own.
+      interleaved: of a period with both phases, where they run in turns (hop 1).
+      cool_down: of a period without a forward phase, where its backward phase is another.
     """
 
     forward: np.ndarray
@@ -52,6 +65,16 @@ class Timing:
     rounds: int
     loss: float
     loss_waits: bool
+    interleaved: PhaseSeconds | None = None
+    cool_down: PhaseSeconds | None = None
+
+    def phases(self, segment: Segment) -> PhaseSeconds:
+        """Those of a segment's periods."""
+        if segment.has_forward and segment.has_backward and self.interleaved:
+            return self.interleaved
+        if not segment.has_forward and self.cool_down:
+            return self.cool_down
+        return PhaseSeconds(self.forward, self.backward, self.idle_forward, self.idle_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,39 +173,6 @@ def segments_of(
     return tuple(segment for segment in segments if segment.num_periods)
 
 
-def lower_bound(
-    timing: Timing, num_layers: int, stages: int, micro_batches: int, hop: int, colocated: bool
-) -> float:
-    """Seconds that no run can undercut, without running: the most of any class of workers.
-
-    A class's phases follow each other, and so do its transfers, which hide under at most the other
-    phase (hop 1) or the period (hop 2).
-    """
-    segments = segments_of(num_layers, stages, micro_batches, hop, colocated)
-    forwards = sum(s.num_periods for s in segments if s.has_forward)
-    backwards = sum(s.num_periods for s in segments if s.has_backward)
-    num_classes = len(timing.forward)
-    layers = [len(range(stage, num_layers, stages)) for stage in range(stages)]
-    units = micro_batches * np.repeat(layers, num_classes // stages)
-    if hop == 1:
-        # A forward phase hides the backward transfer, and the other way round; without a unit a
-        # phase is as long as what it hides, or as its exchanges.
-        least_f = np.maximum(timing.idle_forward, timing.backward_transfer)
-        least_b = np.maximum(timing.idle_backward, timing.forward_transfer)
-        steady = sum(s.num_periods for s in segments if s.has_forward and s.has_backward)
-        seconds = steady * (least_f + least_b)
-        seconds += (forwards - steady) * (timing.idle_forward + timing.forward_transfer)
-        seconds += (backwards - steady) * (timing.idle_backward + timing.backward_transfer)
-        seconds += units * np.maximum(timing.forward - least_f, 0)
-        seconds += units * np.maximum(timing.backward - least_b, 0)
-    else:
-        work = units * (timing.forward + timing.backward)
-        periods = segments[-1].end
-        moves = periods * timing.forward_transfer + backwards * timing.backward_transfer
-        seconds = np.maximum(work, moves)
-    return float(seconds.max()) + micro_batches * timing.loss
-
-
 def stash_slots(num_layers: int, stages: int, micro_batches: int, hop: int, colocated: bool):
     """Slots that an (attention, expert) worker needs, as `Schedule.stash_slots`.
 
@@ -248,19 +238,20 @@ def _kept_micro_batches(stages, micro_batches, hop, colocated) -> int:
 def execute(table: Table, timing: Timing) -> Run:
     """Runs every period of a table."""
     num_periods, num_classes = table.forward.shape
-    forward = np.where(table.forward, timing.forward, timing.idle_forward)
-    backward = np.where(table.backward, timing.backward, timing.idle_backward)
     clocks = np.empty((6, num_periods, num_classes))
     begin, forward_end, backward_begin, backward_end, loss_begin, end = clocks
     now = np.zeros(num_classes)
     ring = _Ring(num_classes, timing.rounds)
-    period = PERIODS[table.hops]
     for segment in table.segments:
+        phases, span = timing.phases(segment), slice(segment.begin, segment.end)
+        forward = np.where(table.forward[span], phases.forward, phases.idle_forward)
+        backward = np.where(table.backward[span], phases.backward, phases.idle_backward)
+        period = _in_turns if phases is timing.interleaved else PERIODS[table.hops]
         seconds = _transfer_seconds(table, timing, segment)
         for t in range(segment.begin, segment.end):
             begin[t] = now
-            f = forward[t] if segment.has_forward else 0.0
-            b = backward[t] if segment.has_backward else 0.0
+            f = forward[t - segment.begin] if segment.has_forward else 0.0
+            b = backward[t - segment.begin] if segment.has_backward else 0.0
             forward_end[t], backward_begin[t], backward_end[t], now = period(
                 now, f, b, seconds, ring
             )
@@ -289,6 +280,8 @@ def transfer_times(table: Table, timing: Timing, run: Run):
     ring = _Ring(table.forward.shape[1], timing.rounds)
     for segment in table.segments:
         forward, backward = _transfer_seconds(table, timing, segment)
+        in_turns = timing.phases(segment) is timing.interleaved
+        made = run.backward_end if in_turns else run.backward_begin
         for t in range(segment.begin, segment.end):
             parts = {"forward": forward, "backward": backward}
             if table.hops[0] == 1:
@@ -298,7 +291,7 @@ def transfer_times(table: Table, timing: Timing, run: Run):
                 if seconds is None:
                     continue
                 if table.hops[0] == 1 and kind == "forward":
-                    sent = np.maximum(sent, run.backward_begin[t])
+                    sent = np.maximum(sent, made[t])
                 began = ring.wait(sent)
                 sent = began + seconds
                 yield kind, t, began, sent
@@ -317,6 +310,15 @@ def _one_hop(now, forward, backward, transfers, ring):
         # Behind the backward transfer on the device's communication stream.
         end = np.maximum(end, ring.wait(backward_begin) + forward_transfer)
     return forward_end, backward_begin, backward_end, end
+
+
+def _in_turns(now, forward, backward, transfers, ring):
+    """As `_one_hop`; the phases' pieces alternate, and are given as one phase after the other."""
+    forward_transfer, backward_transfer = transfers
+    arrived = ring.wait(now) + backward_transfer
+    forward_end = arrived + forward
+    backward_end = forward_end + backward
+    return forward_end, forward_end, backward_end, ring.wait(backward_end) + forward_transfer
 
 
 def _two_hops(now, forward, backward, transfers, ring):

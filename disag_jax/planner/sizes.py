@@ -5,9 +5,10 @@ program's own classes would trace the model once per split.
 """
 
 import dataclasses
+import functools
 
 from disag_jax.config import Config, Dtype, ModelConfig, Recompute
-from disag_jax.geometry import Bucket, buckets, expected_load, placement_of
+from disag_jax.geometry import Bucket, buckets, chunk_bucket, expected_load, placement_of
 from disag_jax.stash import BLOCK_WORDS
 from mesh.placement import ExpertPlaces, Placement
 from mesh.roles import Role
@@ -24,11 +25,14 @@ class Sizes:
     Attributes:
       load_factor: rows of the busiest expert worker over those that the fullest one, with most
         experts, is expected to have (`geometry.expected_load`).
+      chunks: of how many chunks of a micro-batch's rows the bucket, rows, pairs and messages are
+        one, as `geometry.Geometry.chunks`.
     """
 
     config: Config
     bucket: Bucket
     load_factor: float
+    chunks: int = 1
 
     @classmethod
     def of(cls, config: Config, load_factor: float = 1.0) -> "Sizes":
@@ -42,7 +46,15 @@ class Sizes:
                 return cls(config, bucket, load_factor)
         return cls(config, options[-1], load_factor)
 
-    @property
+    def in_chunks(self, count: int) -> "Sizes":
+        """The sizes of one of `count` equal chunks, as `geometry.Geometry.in_chunks` makes them."""
+        if count == 1:
+            return self
+        held = self.experts_held + self.config.model.num_shared_experts
+        bucket = chunk_bucket(self.bucket, count, held, TILE)
+        return dataclasses.replace(self, bucket=bucket, chunks=count)
+
+    @functools.cached_property
     def placement(self) -> Placement:
         return placement_of(self.config)
 
@@ -73,10 +85,10 @@ class Sizes:
         """n, rows of an expert worker, empty ones included."""
         return self.placement.senders * self.bucket.rows
 
-    @property
+    @functools.cached_property
     def pairs(self) -> float:
         """Expected (token, expert) pairs of the busiest expert worker."""
-        return self.load_factor * expected_load(self.config)[1]
+        return self.load_factor * expected_load(self.config)[1] / self.chunks
 
     @property
     def message_bytes(self) -> int:
@@ -124,11 +136,13 @@ class Sizes:
 
     @property
     def stash_entry_bytes(self) -> dict[Role, int]:
-        """One stash slot of each role: its leaves, each in whole blocks."""
+        """One stash slot of each role: its leaves, each in whole blocks.
+
+        An expert's is that of all chunks of a micro-batch, each with leaves of its own.
+        """
         model, ints, placement = self.config.model, self._int_bytes, self.placement
         tokens, choices = self.config.batch.tokens_per_worker, model.top_k
-        slot_rows, sorted_rows = placement.rounds * self.bucket.rows, self.bucket.sorted_rows
-        hidden = model.d_model * self.item_bytes
+        slot_rows, hidden = placement.rounds * self.bucket.rows, model.d_model * self.item_bytes
         # Choices, what capacity kept, origins and positions; disaggregated also origins received.
         attention = [
             tokens * hidden,
@@ -136,19 +150,29 @@ class Sizes:
             tokens * self.config.fanout * ints,
         ]
         attention += [slot_rows * ints] * (1 if self.config.split.colocated else 2)
-        expert = [self.rows * hidden, self.rows * choices * self.wide_bytes, self.rows * ints]
-        expert += [
-            sorted_rows * ints, self.rows * (choices + model.num_shared_experts) * ints,
-            sorted_rows // TILE * ints,
-        ]  # fmt: skip
-        block = BLOCK_WORDS * self.item_bytes
+        chunks = self.config.split.backward_chunks
         return {
-            role: sum(-(-size // block) * block for size in leaves)
-            for role, leaves in (
-                (Role.ATTENTION, attention + self.attention_kept_bytes),
-                (Role.EXPERT, expert + self.expert_kept_bytes),
-            )
+            Role.ATTENTION: self._in_blocks(attention + self.attention_kept_bytes),
+            Role.EXPERT: chunks * self._in_blocks(self.in_chunks(chunks)._expert_leaves),
         }
+
+    @property
+    def _expert_leaves(self) -> list[int]:
+        """Bytes of each leaf that an expert unit stashes of one chunk."""
+        model, ints, sorted_rows = self.config.model, self._int_bytes, self.bucket.sorted_rows
+        return [
+            self.rows * model.d_model * self.item_bytes,
+            self.rows * model.top_k * self.wide_bytes,
+            self.rows * ints,
+            sorted_rows * ints,
+            self.rows * (model.top_k + model.num_shared_experts) * ints,
+            sorted_rows // TILE * ints,
+            *self.expert_kept_bytes,
+        ]
+
+    def _in_blocks(self, leaves: list[int]) -> int:
+        block = BLOCK_WORDS * self.item_bytes
+        return sum(-(-size // block) * block for size in leaves)
 
     @property
     def attention_kept_bytes(self) -> list[int]:

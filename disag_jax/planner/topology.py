@@ -9,6 +9,7 @@ import functools
 
 import numpy as np
 
+from disag_jax.chunk_model import Operation
 from disag_jax.errors import ConfigError
 from disag_jax.planner.hardware import Hardware, Link
 from disag_jax.planner.rings import Rings, shapes_of
@@ -60,16 +61,24 @@ class StageLinks:
         same = int((groups[:, :, None] == groups[:, None, :]).sum(axis=2).min())
         return cls(near if near_ring else far, *rings, (near, far, same - 1, group - same))
 
-    def all_to_all_seconds(self, slot_bytes: float) -> float:
-        """An exchange of one slot with each other worker of the group.
+    def all_to_all_parts(self, slot_bytes: float, chunks: int = 1) -> Operation:
+        """An exchange of one slot with each other worker of the group, in `chunks` chunks.
 
-        Slots within the node and slots to other nodes travel at the same time.
+        Slots within the node and slots to other nodes travel at the same time: the slower count.
         """
         near, far, near_slots, far_slots = self.all_to_all
-        seconds = near.all_to_all.seconds(near_slots * slot_bytes) if near_slots else 0.0
-        if far_slots:
-            seconds = max(seconds, far.all_to_all.seconds(far_slots * slot_bytes))
-        return seconds
+        parts = []
+        for link, slots in ((near, near_slots), (far, far_slots)):
+            if slots:
+                latency = link.all_to_all.seconds(0)
+                parts.append(
+                    Operation(latency, link.all_to_all.seconds(slots * slot_bytes) - latency)
+                )
+        return max(parts, key=lambda part: part.of_chunk(chunks), default=Operation())
+
+    def all_to_all_seconds(self, slot_bytes: float) -> float:
+        """Such an exchange as a whole."""
+        return self.all_to_all_parts(slot_bytes).of_chunk(1)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,0 +1,180 @@
+"""What benchmarks of whole steps share: cases beside their prediction, measured one by one."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import gc
+import json
+import pathlib
+import statistics
+import time
+
+import jax
+
+from disag_jax.bench_step import run_steps
+from disag_jax.compare import largest_difference
+from disag_jax.config import Config, ConfigError
+from disag_jax.errors import RunError
+from disag_jax.flops import flops_per_device
+from disag_jax.geometry import enable_float64, placement_of
+from disag_jax.metrics import peak_memory
+from disag_jax.planner import search
+from disag_jax.planner.hardware import Hardware
+from disag_jax.planner.prediction import predict
+from disag_jax.step import Stepper
+from mesh.placement import Meshes
+
+WARM_UP, STEPS = 2, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A config to measure; what a benchmark adds to it is kept with the results.
+
+    Attributes:
+      group: cases of a group are compared with each other.
+      name: the split in words; unique in the group.
+      placement: "disaggregated" or "colocated".
+      predicted_seconds: of a step.
+    """
+
+    group: str
+    name: str
+    placement: str
+    predicted_seconds: float
+    config: Config
+
+    @classmethod
+    def of(cls, group: str, config: Config, hardware: Hardware, **more) -> "Case":
+        """The case with its prediction; `more`: what the benchmark adds."""
+        return cls(
+            group=group,
+            name=search.in_words(config),
+            placement=config.split.placement.value,
+            predicted_seconds=predict(config, hardware).step_seconds,
+            config=config,
+            **more,
+        )
+
+
+def check_start(config: Config, out: str) -> int:
+    """The number of devices; ConfigError before anything is compiled if the run cannot begin."""
+    config.validate()
+    if not pathlib.Path(out).resolve().parent.is_dir():
+        raise ConfigError(f"--out = {out!r} must be in a directory that exists")
+    enable_float64(config)
+    num_devices = len(jax.devices())
+    if num_devices < 2:
+        raise ConfigError(f"devices = {num_devices} must be at least 2, to be split")
+    return num_devices
+
+
+def stepper_of(case: Case) -> Stepper:
+    """With its pipeline compiled in the bucket of the expected load and in the next larger one."""
+    placement = placement_of(case.config.validate())
+    stepper = Stepper(case.config, Meshes.make(placement, jax.devices()[: placement.num_devices]))
+    for bucket in stepper.chooser.options[:2]:
+        stepper.compiled_program(bucket)
+    return stepper
+
+
+def measure(case: Case, stepper: Stepper) -> dict:
+    """Trains a few steps: what is kept of them in JSON."""
+    config = case.config
+    seconds, metrics = run_steps(stepper, WARM_UP + STEPS)
+    counts = metrics[-1]["expert_counts"]
+    median = statistics.median(seconds[WARM_UP:])
+    speed = config.tokens_per_step / median
+    return {
+        **{k: v for k, v in dataclasses.asdict(case).items() if k != "config"},
+        "sequence_length": config.batch.sequence_length,
+        "devices": config.split.num_devices,
+        "tokens_per_step": config.tokens_per_step,
+        "seconds": median,
+        "tokens_per_second": speed,
+        "tflops_per_device": flops_per_device(config, speed) / 1e12,
+        "predicted_tokens_per_second": config.tokens_per_step / case.predicted_seconds,
+        "losses": [float(of_step["loss"]) for of_step in metrics],
+        "expert_load": float(counts.max() / counts.mean()),
+        "peak_memory_gib": max(peak_memory(stepper.meshes).values(), default=None),
+    }
+
+
+def run(cases: list, out: pathlib.Path, seconds: float, threads: int) -> tuple[list[dict], str]:
+    """Measures what `out` does not hold yet: (all results, what failed or had no time, in words).
+
+    As many programs as there are `threads` are compiled at once and then measured one after the
+    other: what is compiled beside a measurement would disturb it. No case begins after `seconds`.
+    """
+    began = time.perf_counter()
+    results = json.loads(out.read_text()) if out.exists() else []
+    done = {(result["group"], result["name"]) for result in results}
+    waiting = [case for case in cases if (case.group, case.name) not in done]
+    missing = []
+    while waiting and time.perf_counter() - began < seconds:
+        together, waiting = waiting[:threads], waiting[threads:]
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            steppers = list(pool.map(stepper_of, together))
+        print(f"{time.perf_counter() - began:.0f} s  {len(together)} compiled", flush=True)
+        while together and time.perf_counter() - began < seconds:
+            case = together.pop(0)
+            name = f"{case.group}: {case.name}"
+            try:
+                results.append(measure(case, steppers.pop(0)))
+                out.write_text(json.dumps(results, indent=1))
+                outcome = f"{results[-1]['seconds']:.3f} s"
+            except jax.errors.JaxRuntimeError as error:  # such as too little memory
+                outcome = f"failed: {str(error).splitlines()[0]}"
+                missing.append(f"{name} {outcome}")
+            print(f"{time.perf_counter() - began:.0f} s  {name}: {outcome}", flush=True)
+            # The next one needs the memory.
+            gc.collect()
+        waiting = together + waiting
+    late = "; ".join(f"{case.group}: {case.name}" for case in waiting)
+    if late:
+        missing.append(f"no time was left for {late}: go on with the same --out")
+    return results, "; ".join(missing)
+
+
+def differing_losses(results: list[dict], tolerance: float, *keys: str) -> list[str]:
+    """Cases on the same batches whose losses are not those of the first of them, in sentences.
+
+    keys: fields of the results that are equal where the batches and the model are.
+    """
+    alike = collections.defaultdict(list)
+    for result in results:
+        alike[tuple(result[key] for key in keys)].append(result)
+    return [
+        f"{', '.join(f'{k} {first[k]}' for k in keys)}: losses of {first['name']} and "
+        f"{other['name']} differ"
+        for first, *others in alike.values()
+        for other in others
+        if not largest_difference(first["losses"], other["losses"]) <= tolerance
+    ]
+
+
+def conclude(wrong: list[str], missing: str, sentence: str):
+    """Prints that all holds, or raises RunError with what does not and what is not measured."""
+    if missing or wrong:
+        raise RunError("; ".join(filter(None, [*wrong, missing])))
+    print(sentence)
+
+
+def define_flags():
+    """The flags config, hardware, out, seconds, threads, cpu_devices and network, in this order."""
+    from absl import flags
+
+    from disag_jax import cli
+    from mesh import runtime
+
+    defined = (
+        cli.define_config_flag(),
+        flags.DEFINE_string("hardware", None, "what to predict for: a name or a file"),
+        flags.DEFINE_string("out", None, "JSON file of the results, gone on with if it is there"),
+        flags.DEFINE_float("seconds", 540, "begin no case after this"),
+        flags.DEFINE_integer("threads", 16, "programs compiled at once", lower_bound=1),
+        flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU"),
+        flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP),
+    )
+    flags.mark_flags_as_required(["config", "hardware", "out"])
+    return defined

@@ -1,0 +1,101 @@
+"""Measuring cases: what is gone on with, what there is no time for, whose losses must agree."""
+
+import json
+
+import jax
+import pytest
+
+from benchmarks import cases as cases_lib
+from benchmarks.cases import Case
+from configs import balanced
+from disag_jax.errors import ConfigError, RunError
+
+
+def case(number):
+    config = balanced.get_config()
+    return Case(f"group {number // 2}", f"split {number}", "disaggregated", 1.0, config)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The names in the order in which they were compiled and measured; no device does anything."""
+    done = []
+    monkeypatch.setattr(cases_lib, "stepper_of", lambda one: f"stepper of {one.name}")
+
+    def measure(one, stepper):
+        assert stepper == f"stepper of {one.name}"
+        done.append(one.name)
+        return {"group": one.group, "name": one.name, "seconds": 0.5}
+
+    monkeypatch.setattr(cases_lib, "measure", measure)
+    return done
+
+
+def test_every_case_is_measured_once_and_kept(measured, tmp_path):
+    out, cases = tmp_path / "out.json", [case(number) for number in range(5)]
+    first, late = cases_lib.run(cases[:3], out, seconds=60, threads=2)
+    assert (len(first), late) == (3, "")
+    results, late = cases_lib.run(cases, out, seconds=60, threads=2)
+    assert measured == [f"split {number}" for number in range(5)] and late == ""
+    assert results == json.loads(out.read_text())
+    assert [r["name"] for r in results] == measured
+
+
+def test_no_case_begins_when_time_is_over(measured, tmp_path, monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr(cases_lib.time, "perf_counter", lambda: next(now))
+    cases, out = [case(number) for number in range(5)], tmp_path / "out.json"
+    results, late = cases_lib.run(cases, out, seconds=5, threads=2)
+    assert 0 < len(results) < 5
+    left = [one for one in cases if one.name not in measured]
+    assert (
+        late
+        == "no time was left for "
+        + "; ".join(f"{one.group}: {one.name}" for one in left)
+        + ": go on with the same --out"
+    )
+    again, late = cases_lib.run(cases, out, seconds=1000, threads=2)
+    assert [r["name"] for r in again] == [one.name for one in cases] and late == ""
+
+
+def test_a_case_that_fails_is_said_and_the_others_are_measured(measured, tmp_path, monkeypatch):
+    works = cases_lib.measure
+
+    def measure(one, stepper):
+        if one.name == "split 1":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nand more lines")
+        return works(one, stepper)
+
+    monkeypatch.setattr(cases_lib, "measure", measure)
+    cases, out = [case(number) for number in range(3)], tmp_path / "out.json"
+    results, missing = cases_lib.run(cases, out, seconds=60, threads=2)
+    assert [r["name"] for r in results] == ["split 0", "split 2"] == measured
+    assert missing == "group 0: split 1 failed: RESOURCE_EXHAUSTED: 9 GiB"
+    monkeypatch.setattr(cases_lib, "measure", works)
+    results, missing = cases_lib.run(cases, out, seconds=60, threads=2)
+    assert len(results) == 3 and missing == ""
+
+
+def test_losses_are_compared_where_the_keys_are_equal():
+    def result(name, key, losses):
+        return {"name": name, "cell": key, "losses": losses}
+
+    same = [result("a", 1, [2.0, 1.0]), result("b", 1, [2.0, 1.001]), result("c", 2, [7.0, 6.0])]
+    assert cases_lib.differing_losses(same, 1e-2, "cell") == []
+    assert cases_lib.differing_losses(same, 1e-4, "cell") == ["cell 1: losses of a and b differ"]
+    broken = [same[0], result("b", 1, [2.0, float("nan")])]
+    assert cases_lib.differing_losses(broken, 1e-2, "cell") == ["cell 1: losses of a and b differ"]
+
+
+def test_what_is_wrong_ends_a_benchmark(capsys):
+    cases_lib.conclude([], "", "all holds")
+    assert capsys.readouterr().out == "all holds\n"
+    with pytest.raises(RunError, match="this; that; no time"):
+        cases_lib.conclude(["this", "that"], "no time", "all holds")
+
+
+def test_a_bad_start_is_refused(tmp_path):
+    config = balanced.get_config()
+    with pytest.raises(ConfigError, match=r"--out = '.*' must be in a directory that exists"):
+        cases_lib.check_start(config, str(tmp_path / "none" / "out.json"))
+    assert cases_lib.check_start(config, str(tmp_path / "out.json")) > 1
