@@ -77,6 +77,7 @@ class _UnitBench:
         g = self.g = geometry
         self.rates, model = rates, g.config.model
         self.attention, self.expert = AttentionUnit(g), ExpertUnit(g)
+        self.layouts = dataclasses.replace(Layouts.of(g), colocated=False)
         key, dtype = jax.random.key(0), g.compute_dtype
         ids = np.concatenate(
             [g.places.place_experts()[: g.places.per_worker],
@@ -84,8 +85,15 @@ class _UnitBench:
         )  # fmt: skip
         self.attention_params = jax.jit(lambda: init_attention_layer(model, dtype, key, 0))()
         post_norm = self.attention_params[POST_NORM]
-        experts = jax.jit(lambda: init_experts(model, dtype, key, 0, jnp.asarray(ids)))()
-        self.expert_params = {EXPERTS: experts, POST_NORM: post_norm}
+
+        def expert_rows():
+            experts = init_experts(model, dtype, key, 0, jnp.asarray(ids))
+            leaves = jax.tree.map(lambda leaf: leaf[None], {EXPERTS: experts})
+            num_columns = self.layouts.num_columns(Role.EXPERT)
+            return self.layouts[Role.EXPERT].pack(leaves, num_columns)
+
+        # As in a pipeline: the experts' weights are read where they lie in a worker's rows.
+        self.packed_experts = jax.jit(expert_rows)(), post_norm
         self.bias = jnp.zeros((g.E,), g.wide_dtype)
         self.h = [_draw(g, i, g.T, g.D) for i in range(g.M)]
         colocated = g.placement.colocated
@@ -102,8 +110,10 @@ class _UnitBench:
             lambda *leaves: jnp.stack([x[s] for x, s in zip(leaves, slots, strict=True)]),
             *(message for message, _, _ in outputs),
         )
-        self.expert_forward = jax.jit(self.expert.forward)
-        finished, self.expert_kept, needed = self.expert_forward(self.expert_params, self.inbox)
+        self.expert_forward = jax.jit(
+            lambda packed, inbox: self.expert.forward(self._expert_params(packed), inbox)
+        )
+        finished, self.expert_kept, needed = self.expert_forward(*self._expert_inputs())
         self.dy = finished.x
         self.fits = g.bucket.holds(Bucket(int(stats.rows_needed), int(needed)))
         self.pairs = int(jnp.sum(self.expert_kept.order.pair >= 0))
@@ -131,7 +141,7 @@ class _UnitBench:
         experts = 6 * self.pairs * g.D * model.expert_width
         attention_size, expert_size = (
             sum(x.size for x in jax.tree.leaves(p))
-            for p in (self.attention_params, self.expert_params)
+            for p in (self.attention_params, self.expert.module.params)
         )
         rows, wide = g.M * g.C * g.D, 2 * np.dtype(g.wide_dtype).itemsize
         tokens = SharedLoss(g).share_tokens
@@ -154,7 +164,12 @@ class _UnitBench:
         return self.attention_forward(self.attention_params, self.bias, self.h[rank], slot_rank)
 
     def _expert_inputs(self):
-        return self.expert_params, self.inbox
+        return self.packed_experts, self.inbox
+
+    def _expert_params(self, packed):
+        """The expert layer's parameters, as views of its packed row; to be called in a program."""
+        rows, post_norm = packed
+        return {**self.layouts.read(rows, Role.EXPERT, jnp.int32(0)), POST_NORM: post_norm}
 
     def _attention_backward(self):
         g = self.g
@@ -169,22 +184,21 @@ class _UnitBench:
         return self._accumulating(Role.ATTENTION, backward, arguments)
 
     def _expert_backward(self):
-        def backward(params, kept, dy):
-            dparams, cotangent = self.expert.backward(params, kept, dy)
+        def backward(packed, kept, dy):
+            dparams, cotangent = self.expert.backward(self._expert_params(packed), kept, dy)
             dnorm = dparams.pop(POST_NORM)
             return dparams, cotangent, dnorm
 
-        arguments = (self.expert_params, self.expert_kept, self.dy)
+        arguments = (self.packed_experts, self.expert_kept, self.dy)
         return self._accumulating(Role.EXPERT, backward, arguments)
 
     def _accumulating(self, role: Role, backward, arguments):
         """A call that runs a backward unit and adds its gradients to a layer's sums in place."""
-        layouts = dataclasses.replace(Layouts.of(self.g), colocated=False)
-        sums = jnp.zeros((2, layouts.num_columns(role)), self.g.wide_dtype)
+        sums = jnp.zeros((2, self.layouts.num_columns(role)), self.g.wide_dtype)
 
         def run(sums, layer_row, arguments):
             dparams, *others = backward(*arguments)
-            return layouts.add(sums, role, layer_row, dparams), others
+            return self.layouts.add(sums, role, layer_row, dparams), others
 
         program = jax.jit(run, donate_argnums=0)
 

@@ -7,6 +7,7 @@ in the forward unit only: a fresh top-k in the backward pass may choose differen
 one flip would misalign every row after it.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -29,8 +30,10 @@ from layers.experts import apply_experts
 from layers.grouped_matmul import (
     ExpertOrder,
     GroupWeights,
+    PairWeights,
     WeightGradient,
     multiply_by_group,
+    multiply_by_pair,
     order_by_expert,
 )
 from layers.norm import rms_norm
@@ -71,8 +74,8 @@ class ExpertStash(NamedTuple):
       gate: [n, K].
       residual: int32 [n], 1 on copy 0 of a token.
       order: of the sorted rows.
-      products: [P, width] of the rows with the gate and up weights, by the weight's name; empty
-        where `run.recompute` has them computed again.
+      products: [2, P, width] of the rows with the gate and up weights, as "gate_up"; empty where
+        `run.recompute` has them computed again.
     """
 
     x: jax.Array
@@ -235,14 +238,13 @@ class ExpertUnit:
         g = self.geometry
         n = g.M * g.C
         order = ExpertOrder(g.ints(g.P), g.ints(n, g.K + self.num_shared), g.ints(g.P // g.tile))
-        product = g.floats(g.P, g.config.model.expert_width)
-        products = self._choose_kept({"gate": product, "up": product})
+        products = self._choose_kept({"gate_up": g.floats(2, g.P, g.config.model.expert_width)})
         return ExpertStash(g.floats(n, g.D), g.wides(n, g.K), g.ints(n), order, products)
 
     def _choose_kept(self, products: dict) -> dict:
         """What of the products the stash keeps."""
         keeps = self.geometry.config.run.recompute is Recompute.NONE
-        return {name: products[name] for name in ("gate", "up")} if keeps else {}
+        return {"gate_up": products["gate_up"]} if keeps else {}
 
     def forward(self, params, message: Message):
         """Returns (Message [M, C] of finished shares, ExpertStash, sorted rows needed)."""
@@ -277,9 +279,8 @@ class ExpertUnit:
         The gradients of the experts' weights are `WeightGradient`s: factors of a product.
         """
         g = self.geometry
-        width = g.config.model.expert_width
-        widths = {"gate": width, "up": width, "down": g.D}
-        taps = {name: jnp.zeros((g.P, n), g.compute_dtype) for name, n in widths.items()}
+        shapes = {"gate_up": (2, g.P, g.config.model.expert_width), "down": (g.P, g.D)}
+        taps = {name: jnp.zeros(shape, g.compute_dtype) for name, shape in shapes.items()}
         scale = params[POST_NORM]["scale"]
 
         def outputs(scale, x_nD, gate_nK, taps):
@@ -289,11 +290,17 @@ class ExpertUnit:
 
         _, vjp, computed = jax.vjp(outputs, scale, stash.x, stash.gate, taps, has_aux=True)
         dscale, dx, dgate, doutputs = vjp(dy.reshape(-1, g.D))
-        experts = {
-            name: WeightGradient(
-                computed.inputs[name], doutputs[name], stash.order.tile_expert, g.num_groups
+
+        def gradient(name, which):
+            dy_JPB = doutputs[name].reshape(-1, *doutputs[name].shape[-2:])
+            return WeightGradient(
+                computed.inputs[name], dy_JPB, which, stash.order.tile_expert, g.num_groups
             )
-            for name in taps
+
+        experts = {
+            "gate": gradient("gate_up", 0),
+            "up": gradient("gate_up", 1),
+            "down": gradient("down", 0),
         }
         dparams = {EXPERTS: experts, POST_NORM: {"scale": dscale}}
         return dparams, Cotangent(dx.reshape(g.M, g.C, g.D), dgate.reshape(g.M, g.C, g.K))
@@ -310,14 +317,18 @@ class ExpertUnit:
 
         taps: differentiable stand-ins for the products' outputs, by name.
         """
-        computed = _Products({}, {})
+        computed, weights = _Products({}, {}), params[EXPERTS]
 
-        def multiply(name, rows):
-            weights = GroupWeights.of(params[EXPERTS][name])
+        def gate_up(rows):
+            pair = PairWeights.of(weights["gate"], weights["up"])
+            return multiply_by_pair(rows, pair, stash.order.tile_expert)
 
-            def product_of(rows):
-                return multiply_by_group(rows, weights, stash.order.tile_expert)
+        def down(rows):
+            return multiply_by_group(
+                rows, GroupWeights.of(weights["down"]), stash.order.tile_expert
+            )
 
+        def observed(name, product_of, rows):
             if name in stash.products:
                 product = recalled(product_of, stash.products[name], rows)
             else:
@@ -327,12 +338,16 @@ class ExpertUnit:
 
         normed_nD = rms_norm(x_nD, params[POST_NORM]["scale"], self.geometry.config.model.norm_eps)
         gate = jnp.pad(gate_nK, ((0, 0), (0, self.num_shared)), constant_values=1)
-        y_nD = apply_experts(multiply, normed_nD, gate, stash.order)
+        y_nD = apply_experts(
+            functools.partial(observed, "gate_up", gate_up),
+            functools.partial(observed, "down", down),
+            normed_nD, gate, stash.order,
+        )  # fmt: skip
         return y_nD + jnp.where(stash.residual[:, None] > 0, x_nD, 0), computed
 
 
 class _Products(NamedTuple):
-    """Inputs and outputs of the products with each weight, by its name."""
+    """Inputs and outputs of the products "gate_up" and "down"."""
 
     inputs: dict[str, jax.Array]
     outputs: dict[str, jax.Array]

@@ -4,6 +4,8 @@ Legend: n rows, K choices per row, P sorted rows, E experts held here, D model w
 F expert width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -34,24 +36,28 @@ class Experts(nnx.Module):
     def __call__(self, x_nD, gate_nK, order: ExpertOrder):
         """Returns [n, D]: the gated sum of each row's experts, zeros for a row without any."""
 
-        def multiply(name, rows):
+        def product(name, rows):
             return grouped_matmul(rows, getattr(self, name)[...], order.tile_expert)
 
-        return apply_experts(multiply, x_nD, gate_nK, order)
+        def gate_up(rows):
+            return jnp.stack([product("gate", rows), product("up", rows)])
+
+        return apply_experts(gate_up, functools.partial(product, "down"), x_nD, gate_nK, order)
 
 
-def apply_experts(multiply, x_nD, gate_nK, order: ExpertOrder):
+def apply_experts(gate_up, down, x_nD, gate_nK, order: ExpertOrder):
     """Returns [n, D]: the gated sum of each row's experts, zeros for a row without any.
 
-    multiply: function of a weight's name ("gate", "up", "down") and sorted rows that returns their
-      products with their experts' weights of that name.
+    gate_up: function of sorted rows [P, D] that returns their products [2, P, F] with their
+      experts' gate and up weights.
+    down: function of sorted rows [P, F] that returns their products [P, D] with the down weights.
     """
     row = jnp.where(order.pair >= 0, order.pair // gate_nK.shape[1], -1)
     with jax.named_scope("sort_rows"):
         x_PD = spread(x_nD, row, order.position)
         gate_P1 = spread(gate_nK.reshape(-1, 1), order.pair, order.position.reshape(-1, 1))
     with jax.named_scope("gate_up"):
-        gated_PF, up_PF = multiply("gate", x_PD), multiply("up", x_PD)
+        gated_PF, up_PF = _both(gate_up(x_PD))
     with jax.named_scope("swiglu"):
         # The gate is applied before `down`, so its gradient needs no output of the experts.
         # Source: Megatron-Core's memory-efficient permutation.
@@ -59,6 +65,18 @@ def apply_experts(multiply, x_nD, gate_nK, order: ExpertOrder):
         hidden_PF = jax.nn.silu(gated_PF.astype(wide)) * up_PF.astype(wide) * gate_P1
         hidden_PF = hidden_PF.astype(x_nD.dtype)
     with jax.named_scope("down"):
-        y_PD = multiply("down", hidden_PF)
+        y_PD = down(hidden_PF)
     with jax.named_scope("sum_experts"):
         return gather_sum(y_PD, order.position, row)
+
+
+@jax.custom_vjp
+def _both(x_2PF):
+    """The two parts of an array.
+
+    Their gradients are written as one array, where autodiff would add two that are half zeros.
+    """
+    return x_2PF[0], x_2PF[1]
+
+
+_both.defvjp(lambda x_2PF: (_both(x_2PF), None), lambda _, parts: (jnp.stack(parts),))

@@ -4,7 +4,7 @@ Rows are sorted by expert and every expert's group is padded to whole tiles, so 
 belongs to one expert: a fast kernel is then the dense kernel with an indexed weight operand.
 
 Legend: n rows, K choices per row, P sorted rows (a multiple of the tile), E experts, A and B inner
-and outer width of their weights.
+and outer width of their weights, N matrices of a stack, J matrices that share their rows.
 """
 
 import functools
@@ -92,20 +92,52 @@ class GroupWeights(NamedTuple):
         return lax.dynamic_slice_in_dim(self.stack, self.first, self.num_experts)
 
 
+class PairWeights(NamedTuple):
+    """Two weights [A, B] of each expert of a group, that the same rows are multiplied with.
+
+    Attributes:
+      stack: [N, A, B], of both.
+      first_2: int32 [2], place of the first expert's of each.
+      num_experts: E.
+    """
+
+    stack: jax.Array
+    first_2: jax.Array
+    num_experts: int
+
+    @classmethod
+    def of(cls, one, other) -> "PairWeights":
+        """Of two GroupWeights in one stack, or of two arrays [E, A, B], which are copied to one."""
+        if isinstance(one, GroupWeights):
+            assert one.stack is other.stack, "a kernel reads both from one array"
+            return cls(one.stack, jnp.stack([one.first, other.first]), one.num_experts)
+        num_experts = one.shape[0]
+        first_2 = jnp.array([0, num_experts], jnp.int32)
+        return cls(jnp.concatenate([one, other]), first_2, num_experts)
+
+
 class WeightGradient(NamedTuple):
     """The gradient of a group's weights as its factors: the sum of x^T dy over each expert's tiles.
 
     The product is as large as the weights, and all that is wanted of it is to be added to a sum.
+
+    Attributes:
+      x_PA: the rows.
+      dy_JPB: of the products of these rows with J weights.
+      which: of the J is meant, dy = dy_JPB[which].
+      tile_expert: as in ExpertOrder.
+      num_experts: E.
     """
 
     x_PA: jax.Array
-    dy_PB: jax.Array
+    dy_JPB: jax.Array
+    which: int
     tile_expert: jax.Array
     num_experts: int
 
     def adds_in_place(self, dtype) -> bool:
         """Whether `add_to` can be used, for sums of `dtype`; else there is `dense`."""
-        return _hopper_runs(self.x_PA, self.dy_PB) and dtype == jnp.float32
+        return _hopper_runs(self.x_PA, self.dy_JPB) and dtype == jnp.float32
 
     def add_to(self, sums_NAB, first):
         """The stack with the experts' products added from place `first` on, in place."""
@@ -113,7 +145,10 @@ class WeightGradient(NamedTuple):
 
     def dense(self, dtype):
         """The product as an array [E, A, B] of `dtype`, float32 or wider; slow on a GPU."""
-        return _portable_weight_gradient(*self, dtype)
+        dy_PB = self.dy_JPB[self.which]
+        return _portable_weight_gradient(
+            self.x_PA, dy_PB, self.tile_expert, self.num_experts, dtype
+        )
 
 
 def multiply_by_group(x_PA, weights: GroupWeights, tile_expert):
@@ -123,27 +158,55 @@ def multiply_by_group(x_PA, weights: GroupWeights, tile_expert):
     weights are constants here, and `WeightGradient` is their gradient.
     """
     stack = lax.stop_gradient(weights.stack)
-    return _multiply(weights.num_experts, x_PA, stack, weights.first, tile_expert)
+    return _multiply(weights.num_experts, x_PA, stack, weights.first[None], tile_expert)[0]
+
+
+def multiply_by_pair(x_PA, weights: PairWeights, tile_expert):
+    """Returns [2, P, B]: as `multiply_by_group` with each of both weights."""
+    stack = lax.stop_gradient(weights.stack)
+    return _multiply(weights.num_experts, x_PA, stack, weights.first_2, tile_expert)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(num_experts, x_PA, stack_NAB, first, tile_expert):
-    weights = GroupWeights(stack_NAB, first, num_experts)
-    return _rows_times_weights(weights, x_PA, tile_expert, transpose=False)
+def _multiply(num_experts, x_PA, stack_NAB, first_J, tile_expert):
+    """Products [J, P, B] with J weights of each expert, J = 1 or 2."""
+    if _hopper_runs(x_PA, stack_NAB):
+        products = [
+            _hopper().rows_times_weights(
+                x_PA[None], stack_NAB, first[None], tile_expert,
+                num_experts=num_experts, transpose=False,
+            )
+            for first in first_J
+        ]  # fmt: skip
+        return jnp.stack(products)
+    weights = [GroupWeights(stack_NAB, first, num_experts).dense() for first in first_J]
+    return jnp.stack([_portable_matmul(x_PA, w_EAB, tile_expert) for w_EAB in weights])
 
 
-def _multiply_forward(num_experts, x_PA, stack_NAB, first, tile_expert):
-    saved = (stack_NAB, first, tile_expert)
+def _multiply_forward(num_experts, x_PA, stack_NAB, first_J, tile_expert):
+    saved = (stack_NAB, first_J, tile_expert)
     return _multiply(num_experts, x_PA, *saved), saved
 
 
-def _multiply_backward(num_experts, saved, dy_PB):
-    stack_NAB, first, tile_expert = saved
-    weights = GroupWeights(stack_NAB, first, num_experts)
-    return _rows_times_weights(weights, dy_PB, tile_expert, transpose=True), None, None, None
+def _multiply_backward(num_experts, saved, dy_JPB):
+    return _input_gradient(num_experts, dy_JPB, *saved), None, None, None
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _input_gradient(num_experts, dy_JPB, stack_NAB, first_J, tile_expert):
+    """The sum over J of each tile of dy times its expert's transposed weights: [P, A]."""
+    if _hopper_runs(dy_JPB, stack_NAB):
+        return _hopper().rows_times_weights(
+            dy_JPB, stack_NAB, first_J, tile_expert, num_experts=num_experts, transpose=True
+        )
+    weights = [GroupWeights(stack_NAB, first, num_experts).dense() for first in first_J]
+    products = [
+        _portable_matmul(dy_PB, jnp.swapaxes(w_EAB, 1, 2), tile_expert)
+        for dy_PB, w_EAB in zip(dy_JPB, weights, strict=True)
+    ]
+    return functools.reduce(jnp.add, products)
 
 
 @jax.custom_vjp
@@ -158,24 +221,16 @@ def _forward(x_PA, w_EAB, tile_expert):
 
 def _backward(saved, dy_PB):
     x_PA, w_EAB, tile_expert = saved
-    dx_PA = _rows_times_weights(GroupWeights.of(w_EAB), dy_PB, tile_expert, transpose=True)
-    product = WeightGradient(x_PA, dy_PB, tile_expert, w_EAB.shape[0])
+    weights, dy_1PB = GroupWeights.of(w_EAB), dy_PB[None]
+    dx_PA = _input_gradient(
+        weights.num_experts, dy_1PB, weights.stack, weights.first[None], tile_expert
+    )
+    product = WeightGradient(x_PA, dy_1PB, 0, tile_expert, weights.num_experts)
     dw_EAB = product.dense(accumulation_dtype(w_EAB.dtype))
     return dx_PA, dw_EAB.astype(w_EAB.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
-
-
-def _rows_times_weights(weights: GroupWeights, x, tile_expert, *, transpose: bool):
-    """x w of each tile, or x w^T with `transpose`."""
-    if _hopper_runs(x, weights.stack):
-        return _hopper().rows_times_weights(
-            x, weights.stack, weights.first, tile_expert,
-            num_experts=weights.num_experts, transpose=transpose,
-        )  # fmt: skip
-    w_EAB = weights.dense()
-    return _portable_matmul(x, jnp.swapaxes(w_EAB, 1, 2) if transpose else w_EAB, tile_expert)
 
 
 def _hopper_runs(*operands) -> bool:

@@ -48,9 +48,14 @@ class RowLayout:
     def as_stacks(self, rows, row):
         """As `read`, without a copy: leaves [E, A, B] as (stack [N, A, B], place of their first).
 
-        P must be a multiple of every A * B, and so must every leaf's offset.
+        P must be a multiple of every A * B, and so must every leaf's offset. Leaves of equal shapes
+        have the same stack.
         """
-        views = [_stack(rows, row, leaf, offset) for leaf, offset, _ in self._spans()]
+        stacks = {leaf.shape[1:]: _stack(rows, leaf) for leaf in self.leaves}
+        views = [
+            (stacks[leaf.shape[1:]], _place(rows, row, leaf, offset))
+            for leaf, offset, _ in self._spans()
+        ]
         return jax.tree.unflatten(self.treedef, views)
 
     def add(self, rows, row, tree):
@@ -63,7 +68,8 @@ class RowLayout:
         for value, (leaf, offset, size) in zip(values, self._spans(), strict=True):
             if hasattr(value, "add_to"):
                 if value.adds_in_place(rows.dtype):
-                    rows = value.add_to(*_stack(rows, row, leaf, offset)).reshape(rows.shape)
+                    place = _place(rows, row, leaf, offset)
+                    rows = value.add_to(_stack(rows, leaf), place).reshape(rows.shape)
                     continue
                 value = value.dense(rows.dtype)
             old = lax.dynamic_slice(rows, _at(row, offset), (1, size))
@@ -85,13 +91,16 @@ class RowLayout:
         return zip(self.leaves, self.offsets, self.sizes, strict=True)
 
 
-def _stack(rows, row, leaf, offset: int):
-    """The rows [v, P] as a stack of a leaf's matrices, and the place of one row's first."""
-    num_columns, shape = rows.shape[1], leaf.shape[1:]
-    size = math.prod(shape)
+def _stack(rows, leaf):
+    """The rows [v, P] as a stack of matrices like a leaf's."""
+    return rows.reshape(-1, *leaf.shape[1:])
+
+
+def _place(rows, row, leaf, offset: int):
+    """Where the first matrix of a row's leaf lies in that stack."""
+    num_columns, size = rows.shape[1], math.prod(leaf.shape[1:])
     assert num_columns % size == 0 and offset % size == 0, (num_columns, offset, leaf.shape)
-    first = row * (num_columns // size) + offset // size
-    return rows.reshape(-1, *shape), jnp.asarray(first, jnp.int32)
+    return jnp.asarray(row * (num_columns // size) + offset // size, jnp.int32)
 
 
 def _at(row, offset: int):

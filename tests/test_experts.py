@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from layers.experts import Experts
 from layers.grouped_matmul import (
     GroupWeights,
+    PairWeights,
     WeightGradient,
     grouped_matmul,
     multiply_by_group,
+    multiply_by_pair,
     order_by_expert,
     sorted_rows,
 )
@@ -149,13 +151,45 @@ def test_weights_may_lie_in_a_stack(sizes):
     def in_stack(x, dy, first):
         weights = GroupWeights(stack, first, NUM_EXPERTS)
         y, vjp = jax.vjp(lambda x: multiply_by_group(x, weights, order.tile_expert), x)
-        gradient = WeightGradient(x, dy, order.tile_expert, NUM_EXPERTS)
+        gradient = WeightGradient(x, dy[None], 0, order.tile_expert, NUM_EXPERTS)
         return y, vjp(dy)[0], gradient.dense(jnp.float64)
 
     found = in_stack(x, dy, jnp.int32(2))
     expected = grouped_matmul_and_vjp(x, stack[2 : 2 + NUM_EXPERTS], order.tile_expert, dy)
     for actual, wanted in zip(found, expected, strict=True):
         assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("in_a_stack", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_pair_is_two_products_and_its_gradient_their_sum(sizes, in_a_stack):
+    order, _ = plan(ids_of_sizes(sizes))
+    real = (order.pair >= 0)[:, None]
+    x, dy = normal(WORST_ROWS, 3) * real, normal(2, WORST_ROWS, 5, seed=1) * real
+    stack = normal(2 * NUM_EXPERTS + 3, 3, 5, seed=2)
+    # The second weights of the pair lie before the first, with others between.
+    firsts = (NUM_EXPERTS + 2, 1)
+    weights = [stack[first : first + NUM_EXPERTS] for first in firsts]
+
+    @jax.jit
+    def pair(x, dy, stack, firsts, weights):
+        views = [GroupWeights(stack, first, NUM_EXPERTS) for first in firsts]
+        both = PairWeights.of(*(views if in_a_stack else weights))
+        y, vjp = jax.vjp(lambda x: multiply_by_pair(x, both, order.tile_expert), x)
+        gradients = [
+            WeightGradient(x, dy, which, order.tile_expert, NUM_EXPERTS).dense(jnp.float64)
+            for which in range(2)
+        ]
+        return y, vjp(dy)[0], gradients
+
+    y, dx, gradients = pair(x, dy, stack, firsts, weights)
+    (one, *expected), (other, *others) = (
+        grouped_matmul_and_vjp(x, w, order.tile_expert, dy_PB)
+        for w, dy_PB in zip(weights, dy, strict=True)
+    )
+    assert_close(y, np.stack([one, other]))
+    assert_close(dx, expected[0] + others[0])
+    assert_trees_close(gradients, [expected[1], others[1]])
 
 
 # Experts

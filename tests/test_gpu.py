@@ -34,8 +34,10 @@ from disag_jax.step import Stepper
 from layers.attention import AttentionKernel, causal_attention
 from layers.grouped_matmul import (
     GroupWeights,
+    PairWeights,
     WeightGradient,
     multiply_by_group,
+    multiply_by_pair,
     order_by_expert,
     sorted_rows,
     tile_rows,
@@ -107,7 +109,9 @@ def test_float64_equals_the_oracle(name):
     assert max(jax.tree.leaves(errors)) < 1e-10, errors
 
 
-def test_hopper_kernels_equal_the_portable_product():
+@pytest.mark.parametrize("num_weights", [1, 2], ids=["one", "pair"])
+@pytest.mark.parametrize("outer", [320, 384, 1408])
+def test_hopper_kernels_equal_the_portable_product(num_weights, outer):
     """Empty, tiny and large groups, unused tiles, widths that are not whole blocks."""
     counts = np.array([0, 1, 127, 128, 129, 700, 0, 40])
     ids = np.random.default_rng(0).permutation(np.repeat(np.arange(counts.size), counts))
@@ -115,34 +119,40 @@ def test_hopper_kernels_equal_the_portable_product():
     order, _ = order_by_expert(
         jnp.asarray(ids, jnp.int32)[:, None], counts.size, num_sorted, tile_rows()
     )
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(jax.random.key(0), 4)
     draw = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)  # noqa: E731
     real = order.pair[:, None] >= 0
     x = jnp.where(real, draw(keys[0], num_sorted, 192), 0)
-    w = draw(keys[1], counts.size, 192, 320)
-    dy = jnp.where(real, draw(keys[2], num_sorted, 320), 0)
+    dy = jnp.where(real, draw(keys[2], num_weights, num_sorted, outer), 0)
 
-    # The weights follow two others in a stack, and their gradients are added to what is there.
-    stack = jnp.concatenate([jnp.zeros((2, 192, 320)), w])
-    sums = jax.random.normal(keys[0], (counts.size + 3, 192, 320), jnp.float32)
+    # The weights lie among others in a stack, and their gradients are added to what is there.
+    stack = draw(keys[1], 2 * counts.size + 3, 192, outer)
+    firsts = [counts.size + 2, 1][:num_weights]
+    sums = jax.random.normal(keys[3], (num_weights * counts.size + 3, 192, outer), jnp.float32)
 
-    def all_products(dtype, x, stack, dy, sums, first):
+    def all_products(dtype, x, stack, dy, sums, firsts):
+        stack, x, dy = stack.astype(dtype), x.astype(dtype), dy.astype(dtype)
+        views = [GroupWeights(stack, first, counts.size) for first in firsts]
+
         def product(x):
-            weights = GroupWeights(stack.astype(dtype), jnp.int32(2), counts.size)
-            return multiply_by_group(x, weights, order.tile_expert)
+            if num_weights == 1:
+                return multiply_by_group(x, *views, order.tile_expert)[None]
+            return multiply_by_pair(x, PairWeights.of(*views), order.tile_expert)
 
-        x, dy = x.astype(dtype), dy.astype(dtype)
         y, vjp = jax.vjp(product, x)
         used = jnp.repeat(order.tile_expert < counts.size, tile_rows())[:, None]
         wide = jnp.float32 if dtype == jnp.bfloat16 else dtype
-        gradient = WeightGradient(x, dy, order.tile_expert, counts.size)
-        if gradient.adds_in_place(wide):
-            added = gradient.add_to(sums, first) - sums
-        else:
-            added = jnp.pad(gradient.dense(wide), ((1, 2), (0, 0), (0, 0)))
-        return jnp.where(used, y, 0), jnp.where(used, vjp(dy)[0], 0), added
+        added = jnp.asarray(sums, wide)
+        for which in range(num_weights):
+            gradient = WeightGradient(x, dy, which, order.tile_expert, counts.size)
+            place = 1 + which * counts.size
+            if gradient.adds_in_place(wide):
+                added = gradient.add_to(added, jnp.int32(place))
+            else:
+                added = added.at[place : place + counts.size].add(gradient.dense(wide))
+        return jnp.where(used, y, 0), jnp.where(used, vjp(dy)[0], 0), added - sums
 
-    arguments = (x, stack, dy, sums, jnp.int32(1))
+    arguments = (x, stack, dy, sums, jnp.array(firsts, jnp.int32))
     kernels = jax.jit(all_products, static_argnums=0)(jnp.bfloat16, *arguments)
     exact = jax.jit(all_products, static_argnums=0)(jnp.float64, *arguments)
     for kernel, expected, tolerance in zip(kernels, exact, (4e-3, 4e-3, 1e-5), strict=True):

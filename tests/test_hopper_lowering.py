@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from layers import grouped_matmul_hopper
+from layers import grouped_matmul_hopper, hopper
 
 EXPERTS, ROWS, INNER, OUTER = 4, 1024, 256, 384
 
 
 @pytest.fixture(autouse=True)
 def processors_of_an_h100(monkeypatch):
-    monkeypatch.setattr(grouped_matmul_hopper, "num_processors", lambda: 132)
+    monkeypatch.setattr(hopper, "num_processors", lambda: 132)
 
 
 def lowered_kernels(function, **shapes) -> int:
@@ -26,7 +26,12 @@ def test_equal_products_of_rows_are_lowered_once(transpose):
     def two_products(x, y, weights, tile_expert):
         return [
             grouped_matmul_hopper.rows_times_weights(
-                rows, weights, jnp.int32(1), tile_expert, num_experts=EXPERTS, transpose=transpose
+                rows[None],
+                weights,
+                jnp.array([1], jnp.int32),
+                tile_expert,
+                num_experts=EXPERTS,
+                transpose=transpose,
             )
             for rows in (x, y)
         ]
@@ -42,18 +47,45 @@ def test_equal_products_of_rows_are_lowered_once(transpose):
     assert found == 1
 
 
+@pytest.mark.parametrize("outer", [OUTER, 192, 1408])
+def test_the_gradient_of_a_pairs_rows_lowers_to_one_kernel(outer):
+    """Also where a width is not whole blocks."""
+
+    def forward_and_back(x, dy, weights, first, tile_expert):
+        places = (weights, first, tile_expert)
+        dx = grouped_matmul_hopper.rows_times_weights(
+            dy, *places, num_experts=EXPERTS, transpose=True
+        )
+        assert dx.shape == x.shape
+        return dx
+
+    found = lowered_kernels(
+        forward_and_back,
+        x=(jnp.bfloat16, ROWS, INNER),
+        dy=(jnp.bfloat16, 2, ROWS, outer),
+        weights=(jnp.bfloat16, 2 * EXPERTS + 3, INNER, outer),
+        first=(jnp.int32, 2),
+        tile_expert=(jnp.int32, ROWS // 128),
+    )
+    assert found == 1
+
+
 @pytest.mark.parametrize(("inner", "outer"), [(INNER, OUTER), (OUTER, INNER)])
 def test_weight_gradients_lower_in_both_orientations(inner, outer):
+    """Once for both weights of a pair."""
+
     def add(sums, x, dy, tile_expert):
-        return grouped_matmul_hopper.add_weight_gradient(
-            sums, jnp.int32(0), x, dy, tile_expert, EXPERTS
-        )
+        for which in range(2):
+            sums = grouped_matmul_hopper.add_weight_gradient(
+                sums, jnp.int32(which * EXPERTS), x, dy, which, tile_expert, EXPERTS
+            )
+        return sums
 
     found = lowered_kernels(
         add,
-        sums=(jnp.float32, EXPERTS, inner, outer),
+        sums=(jnp.float32, 2 * EXPERTS, inner, outer),
         x=(jnp.bfloat16, ROWS, inner),
-        dy=(jnp.bfloat16, ROWS, outer),
+        dy=(jnp.bfloat16, 2, ROWS, outer),
         tile_expert=(jnp.int32, ROWS // 128),
     )
     assert found == 1

@@ -117,11 +117,12 @@ def expert_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
             expert_products, 0, 10 * rows + 3 * sorted_hidden + 3 * sorted_inner
             + expert_weights * item + 2 * expert_kept,
         ),
-        # The same twice, where what was kept is read instead of made; each weight is read, and its
-        # gradient added to a sum.
+        # The same twice, where what was kept is read instead of made; but the rows are not summed
+        # again, and the gate's and the up product's gradient leave their kernel as a sum. Each
+        # weight is read, and its gradient added to a sum.
         "expert_backward": Work(
             (2 + expert_again) * expert_products, 0,
-            2 * (10 * rows + 3 * sorted_hidden + 3 * sorted_inner)
+            20 * rows + 5 * sorted_hidden + 6 * sorted_inner
             + expert_weights * (item + 2 * wide),
         ),
     }  # fmt: skip

@@ -196,7 +196,7 @@ class Sizes:
         """Arrays that an expert unit keeps for its backward unit, by `run.recompute`."""
         if self.config.run.recompute is not Recompute.NONE:
             return []
-        return [self.bucket.sorted_rows * self.config.model.expert_width * self.item_bytes] * 2
+        return [2 * self.bucket.sorted_rows * self.config.model.expert_width * self.item_bytes]
 
 
 def half_full_tiles(config: Config) -> float:

@@ -1,0 +1,127 @@
+"""What our Pallas kernels for Hopper GPUs share: blocks of outputs and how they are filled.
+
+Two compute warpgroups share a block of 128 x 256 outputs; a third one loads the operands.
+
+Source of the technique: the Hopper matmul and ragged-dot examples that ship with JAX
+(jax.experimental.pallas.ops.gpu).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 128  # of one tile
+SIDE = 128  # of the square that a warpgroup computes
+DEPTH, STEPS = 64, 4  # inner width of a pipeline step, and steps loaded ahead
+EPILOGUE = 64  # the output leaves in squares of this size
+SQUARES = 2  # of a warpgroup that may be on their way out
+STRIPE = 8  # blocks of columns that neighbours in time share, for the L2 cache
+LOADER_REGISTERS = 40
+
+
+def ignore(*_, **__):
+    """Stands for the body where only a pipeline's buffers are asked for."""
+
+
+def pipeline(body, compute_context, *, steps, concurrent_steps, in_specs):
+    return plgpu.emit_pipeline_warp_specialized(
+        body,
+        grid=(steps,),
+        memory_registers=LOADER_REGISTERS,
+        in_specs=in_specs,
+        wg_axis="wg",
+        num_compute_wgs=2,
+        max_concurrent_steps=concurrent_steps,
+        compute_context=compute_context,
+    )
+
+
+def spec(shape, index_map, transforms):
+    return plgpu.BlockSpec(shape, index_map, transforms=transforms, memory_space=plgpu.SMEM)
+
+
+def transforms(width: int, dtype):
+    """Tiling and swizzle of a shared-memory buffer whose rows are cut into `width` elements."""
+    swizzle = plgpu.find_swizzle(width * jnp.dtype(dtype).itemsize * 8)
+    elements = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(swizzle)
+
+
+def staging(dtype):
+    """Shared memory for output squares of each warpgroup."""
+    shape = (2, SQUARES, EPILOGUE, EPILOGUE)
+    return plgpu.SMEM(shape, dtype, transforms=transforms(EPILOGUE, dtype))
+
+
+def squares(height: int = SIDE, width: int = SIDE):
+    """Slices of the parts in which a warpgroup's result leaves."""
+    return [
+        (slice(r, r + EPILOGUE), slice(c, c + EPILOGUE))
+        for r in range(0, height, EPILOGUE)
+        for c in range(0, width, EPILOGUE)
+    ]
+
+
+def store(parts, staging, group):
+    """Sends squares of a warpgroup's result out through its part of `staging`.
+
+    parts: (values, where they go) of each.
+    """
+    for number, (values, target) in enumerate(parts):
+        slot = staging.at[group, number % SQUARES]
+        plgpu.wait_smem_to_gmem(SQUARES - 1, wait_read_only=True)
+        slot[...] = values
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(slot, target)
+
+
+def for_each_block(blocks, block, stripe: int):
+    """Deals the blocks to the processors, neighbours in time sharing operands."""
+
+    @plgpu.nd_loop((blocks[0] * blocks[1],), collective_axes="sm")
+    def _(loop):
+        block(*plgpu.planar_snake(loop.index[0], blocks, 1, stripe))
+
+
+def on_accumulators(finish, *shapes):
+    """Runs a block's pipeline on accumulators of zeros, and `finish` on the results."""
+
+    def compute_context(run_pipeline):
+        def run(*accumulators):
+            run_pipeline(accumulators)
+            finish(*[acc[...] for acc in accumulators])
+
+        pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
+
+    return compute_context
+
+
+def num_processors() -> int:
+    """Streaming multiprocessors of the GPU: blocks in flight."""
+    return jax.devices()[0].core_count
+
+
+def call(kernel, operands, out=None, *, in_place=None):
+    """Runs the kernel on its operands, by three warpgroups on every processor.
+
+    It writes a new array like `out`, or changes the array `in_place`, its last operand.
+    """
+
+    function = pl.kernel(
+        kernel,
+        mesh=plgpu.Mesh(
+            grid=(num_processors(),), grid_names=("sm",), num_threads=3, thread_name="wg"
+        ),
+        out_type=() if out is None else out,
+        name=kernel.__name__,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )
+    # Pallas' loops count in 32 bits and cannot be traced where JAX counts in 64.
+    with jax.enable_x64(False):
+        if in_place is None:
+            return function(*operands)
+        # A kernel changes a Ref that it is given; around it the change is an array again.
+        changed = jax.new_ref(in_place)
+        function(*operands, changed)
+        return jax.freeze(changed)
