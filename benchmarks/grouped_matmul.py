@@ -17,6 +17,7 @@ from disag_jax.timing import time_calls
 from layers.grouped_matmul import order_by_expert, sorted_rows, tile_rows
 from layers.grouped_matmul_hopper import (
     add_weight_gradient,
+    rows_times_pair,
     rows_times_weights,
 )
 
@@ -67,6 +68,7 @@ def measure(num_rows: int, skew: float):
     groups = order.tile_expert
     calls = {
         "x w": (1, lambda: product(rows, w, first, groups, transpose=False)),
+        "x w, x v": (2, lambda: rows_times_pair(x, w, both, groups, num_experts=EXPERTS)),
         "dy w^T": (1, lambda: product(dy_one, w, first, groups, transpose=True)),
         "dy w^T + dz v^T": (2, lambda: product(dy, w, both, groups, transpose=True)),
         "the same in three": (2, lambda: add_products(dy_one, dy_other, w)),

@@ -171,14 +171,13 @@ def multiply_by_pair(x_PA, weights: PairWeights, tile_expert):
 def _multiply(num_experts, x_PA, stack_NAB, first_J, tile_expert):
     """Products [J, P, B] with J weights of each expert, J = 1 or 2."""
     if _hopper_runs(x_PA, stack_NAB):
-        products = [
-            _hopper().rows_times_weights(
-                x_PA[None], stack_NAB, first[None], tile_expert,
-                num_experts=num_experts, transpose=False,
-            )
-            for first in first_J
-        ]  # fmt: skip
-        return jnp.stack(products)
+        kernels, static = _hopper(), {"num_experts": num_experts}
+        if first_J.shape[0] == 2:
+            return kernels.rows_times_pair(x_PA, stack_NAB, first_J, tile_expert, **static)
+        y_PB = kernels.rows_times_weights(
+            x_PA[None], stack_NAB, first_J, tile_expert, **static, transpose=False
+        )
+        return y_PB[None]
     weights = [GroupWeights(stack_NAB, first, num_experts).dense() for first in first_J]
     return jnp.stack([_portable_matmul(x_PA, w_EAB, tile_expert) for w_EAB in weights])
 

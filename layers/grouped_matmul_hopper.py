@@ -121,6 +121,82 @@ def rows_times_weights(x_SPA, stack, first_S, tile_expert, *, num_experts: int, 
 
 
 @functools.partial(jax.jit, static_argnames="num_experts")
+def rows_times_pair(x_PA, stack, first_2, tile_expert, *, num_experts: int):
+    """Each tile of 128 rows times both weights of its expert: [2, P, B].
+
+    As `rows_times_weights` of each, with the rows loaded once. A block is 128 x 128 outputs of
+    both, so that a width of 128 n wastes nothing; a warpgroup computes 64 rows of it.
+    """
+    num_rows, inner = x_PA.shape
+    outer = stack.shape[2]
+    assert num_rows % ROWS == 0 and inner % DEPTH == 0, (x_PA.shape, stack.shape)
+    blocks = (num_rows // ROWS, pl.cdiv(outer, SIDE))
+    transforms = hopper.transforms(DEPTH, x_PA.dtype)
+    height = ROWS // 2  # of a warpgroup's part
+
+    def pipeline(body, compute_context, row_block=0, column_block=0, place_2=(0, 0)):
+        def weights(place):
+            return hopper.spec((None, DEPTH, SIDE), lambda k: (place, k, column_block), transforms)
+
+        return hopper.pipeline(
+            body,
+            compute_context,
+            steps=inner // DEPTH,
+            concurrent_steps=STEPS,
+            in_specs=[
+                hopper.spec((ROWS, DEPTH), lambda k: (row_block, k), transforms),
+                *[weights(place) for place in place_2],
+            ],
+        )
+
+    def multiply_by_pair(tile_expert, tile_place, x, w, out):
+        def in_scope(allocations, staging):
+            group = lax.axis_index("wg")
+
+            def block(row_block, column_block):
+                row = row_block * ROWS + group * height
+                columns = pl.ds(column_block * SIDE, SIDE)
+
+                def multiply(_, x_tile, one_tile, other_tile, accumulators):
+                    x_part = x_tile.at[pl.ds(group * height, height)]
+                    for acc, w_tile in zip(accumulators, (one_tile, other_tile), strict=True):
+                        plgpu.wgmma(acc, x_part, w_tile)
+                    plgpu.wgmma_wait(0)
+                    return accumulators
+
+                def store(*accumulators):
+                    parts = []
+                    for which, acc in enumerate(accumulators):
+                        result = acc.astype(out.dtype)
+                        target = out.at[pl.ds(which * num_rows + row, height), columns]
+                        for square in hopper.squares(height, SIDE):
+                            parts.append((result[square], target.at[square]))
+                    hopper.store(parts, staging, group)
+
+                @pl.when(tile_expert[row_block] < num_experts)
+                def _():
+                    context = hopper.on_accumulators(store, (height, SIDE), (height, SIDE))
+                    place_2 = [tile_place[which, row_block] for which in range(2)]
+                    pipeline(multiply, context, row_block, column_block, place_2)(
+                        x, w, w, allocations=allocations
+                    )
+
+            hopper.for_each_block(blocks, block, STRIPE)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        pl.run_scoped(
+            in_scope,
+            pipeline(hopper.ignore, hopper.ignore).get_allocations(x, w, w),
+            hopper.staging(out.dtype),
+            collective_axes="wg",
+        )
+
+    out = jax.ShapeDtypeStruct((2 * num_rows, outer), x_PA.dtype)
+    operands = (tile_expert, first_2[:, None] + tile_expert, x_PA, stack)
+    return hopper.call(multiply_by_pair, operands, out).reshape(2, num_rows, outer)
+
+
+@functools.partial(jax.jit, static_argnames="num_experts")
 def add_weight_gradient(sums_NAB, first, x_PA, dy_JPB, which, tile_expert, num_experts: int):
     """Adds the sum of x^T dy[which] over each expert's tiles to its matrix in `sums`, in place.
 
