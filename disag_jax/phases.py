@@ -166,6 +166,7 @@ class Phases:
             (attention_slots, expert_chunks * expert_slots),
             geometry.compute_dtype,
             geometry.placement.colocated,
+            row_words=geometry.config.model.expert_width,
         )
         self.keeps_stash = max(schedule.stash_slots) > 0
 
@@ -250,9 +251,15 @@ class Phases:
 
     def _expert_forward(self, message: Message, entry: Entry, stash, stats: Stats):
         """Returns (Message, stash, stats)."""
-        message, kept, needed = self.expert.forward(self._expert_params(entry), message)
+        params = self._expert_params(entry)
+        received, needed = self.expert.receive(message)
         if self.keeps_stash:
+            kept = self.expert.keep(params, received)
             stash = self.pool.write(stash, Role.EXPERT, entry.slot, kept)
+            # The products are made where they are kept: the unit goes on with these.
+            kept = self.pool.read(stash, Role.EXPERT, entry.slot)
+            received = received._replace(products=kept.products)
+        message, _ = self.expert.finish(params, message, received)
         return message, stash, add_sorted(stats, self.expert, needed)
 
     def _attention_backward(

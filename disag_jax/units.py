@@ -26,10 +26,11 @@ from disag_jax.dispatch import (
 from disag_jax.geometry import Geometry
 from disag_jax.model import EXPERTS, POST_NORM, attention_module, expert_module
 from layers.attention import Attended, AttentionKept
-from layers.experts import apply_experts
+from layers.experts import apply_experts, sort_rows
 from layers.grouped_matmul import (
     ExpertOrder,
     GroupWeights,
+    PairProduct,
     PairWeights,
     WeightGradient,
     multiply_by_group,
@@ -37,7 +38,7 @@ from layers.grouped_matmul import (
     order_by_expert,
 )
 from layers.norm import rms_norm
-from layers.recall import recalled
+from layers.recall import recalled, tap
 from layers.router import (
     balance_loss,
     choice_counts,
@@ -248,10 +249,23 @@ class ExpertUnit:
 
     def forward(self, params, message: Message):
         """Returns (Message [M, C] of finished shares, ExpertStash, sorted rows needed)."""
-        stash, needed = self.receive(message)
-        y, computed = self._experts(params, stash.x, stash.gate, stash)
-        stash = stash._replace(products=self._choose_kept(computed.outputs))
-        return message._replace(x=y.reshape(message.x.shape)), stash, needed
+        received, needed = self.receive(message)
+        return *self.finish(params, message, received), needed
+
+    def finish(self, params, message: Message, received: ExpertStash):
+        """As `forward` after `receive`: (Message, ExpertStash); finds products that were kept."""
+        y, computed = self._experts(params, received.x, received.gate, received)
+        stash = received._replace(products=self._choose_kept(computed.outputs))
+        return message._replace(x=y.reshape(message.x.shape)), stash
+
+    def keep(self, params, received: ExpertStash) -> ExpertStash:
+        """What is received, with the products that the stash keeps, not yet made (PairProduct)."""
+        product = PairProduct(
+            sort_rows(self._normed(params, received.x), received.order),
+            _gate_up_weights(params),
+            received.order.tile_expert,
+        )
+        return received._replace(products=self._choose_kept({"gate_up": product}))
 
     def receive(self, message: Message):
         """Sorts the rows of a message: (ExpertStash without products, sorted rows needed)."""
@@ -317,16 +331,13 @@ class ExpertUnit:
 
         taps: differentiable stand-ins for the products' outputs, by name.
         """
-        computed, weights = _Products({}, {}), params[EXPERTS]
+        computed, tile_expert = _Products({}, {}), stash.order.tile_expert
 
         def gate_up(rows):
-            pair = PairWeights.of(weights["gate"], weights["up"])
-            return multiply_by_pair(rows, pair, stash.order.tile_expert)
+            return multiply_by_pair(rows, _gate_up_weights(params), tile_expert)
 
         def down(rows):
-            return multiply_by_group(
-                rows, GroupWeights.of(weights["down"]), stash.order.tile_expert
-            )
+            return multiply_by_group(rows, GroupWeights.of(params[EXPERTS]["down"]), tile_expert)
 
         def observed(name, product_of, rows):
             if name in stash.products:
@@ -334,16 +345,22 @@ class ExpertUnit:
             else:
                 product = product_of(rows)
             computed.inputs[name], computed.outputs[name] = rows, product
-            return product if taps is None else _tap(product, taps[name])
+            return product if taps is None else tap(product, taps[name])
 
-        normed_nD = rms_norm(x_nD, params[POST_NORM]["scale"], self.geometry.config.model.norm_eps)
         gate = jnp.pad(gate_nK, ((0, 0), (0, self.num_shared)), constant_values=1)
         y_nD = apply_experts(
             functools.partial(observed, "gate_up", gate_up),
             functools.partial(observed, "down", down),
-            normed_nD, gate, stash.order,
+            self._normed(params, x_nD), gate, stash.order,
         )  # fmt: skip
         return y_nD + jnp.where(stash.residual[:, None] > 0, x_nD, 0), computed
+
+    def _normed(self, params, x_nD):
+        return rms_norm(x_nD, params[POST_NORM]["scale"], self.geometry.config.model.norm_eps)
+
+
+def _gate_up_weights(params) -> PairWeights:
+    return PairWeights.of(params[EXPERTS]["gate"], params[EXPERTS]["up"])
 
 
 class _Products(NamedTuple):
@@ -351,13 +368,3 @@ class _Products(NamedTuple):
 
     inputs: dict[str, jax.Array]
     outputs: dict[str, jax.Array]
-
-
-@jax.custom_vjp
-def _tap(x, stand_in):
-    """x, whose gradient `stand_in` (of the same shape, not read) receives too."""
-    del stand_in
-    return x
-
-
-_tap.defvjp(lambda x, stand_in: (x, None), lambda _, dx: (dx, dx))

@@ -52,9 +52,8 @@ def apply_experts(gate_up, down, x_nD, gate_nK, order: ExpertOrder):
       experts' gate and up weights.
     down: function of sorted rows [P, F] that returns their products [P, D] with the down weights.
     """
-    row = jnp.where(order.pair >= 0, order.pair // gate_nK.shape[1], -1)
+    x_PD = sort_rows(x_nD, order)
     with jax.named_scope("sort_rows"):
-        x_PD = spread(x_nD, row, order.position)
         gate_P1 = spread(gate_nK.reshape(-1, 1), order.pair, order.position.reshape(-1, 1))
     with jax.named_scope("gate_up"):
         gated_PF, up_PF = _both(gate_up(x_PD))
@@ -67,7 +66,18 @@ def apply_experts(gate_up, down, x_nD, gate_nK, order: ExpertOrder):
     with jax.named_scope("down"):
         y_PD = down(hidden_PF)
     with jax.named_scope("sum_experts"):
-        return gather_sum(y_PD, order.position, row)
+        return gather_sum(y_PD, order.position, _row_of_place(order))
+
+
+@jax.named_scope("sort_rows")
+def sort_rows(x_nD, order: ExpertOrder):
+    """Copies rows to their places among the expert-sorted ones [P, D]."""
+    return spread(x_nD, _row_of_place(order), order.position)
+
+
+def _row_of_place(order: ExpertOrder):
+    """The row that each place [P] holds, -1 = none."""
+    return jnp.where(order.pair >= 0, order.pair // order.position.shape[1], -1)
 
 
 @jax.custom_vjp

@@ -116,6 +116,36 @@ class PairWeights(NamedTuple):
         return cls(jnp.concatenate([one, other]), first_2, num_experts)
 
 
+class PairProduct(NamedTuple):
+    """The products [2, P, B] of rows with a pair of weights, not yet made.
+
+    They are as large as what a unit receives and are kept in a buffer: a kernel writes them there.
+    """
+
+    x_PA: jax.Array
+    weights: PairWeights
+    tile_expert: jax.Array
+
+    def writes_in_place(self, word_dtype) -> bool:
+        """Whether `write_to` can be used, for words of this type; else there is `dense`."""
+        width = word_dtype.itemsize
+        return _hopper_runs(self.x_PA, self.weights.stack) and width == self.x_PA.dtype.itemsize
+
+    def write_to(self, words_RB, first):
+        """The buffer with the products, by bits, in the 2 P rows from `first` on, in place."""
+        stack, first_2, num_experts = self.weights
+        with jax.named_scope("gate_up"):
+            return _hopper().write_rows_times_pair(
+                words_RB, first, self.x_PA, stack, first_2, self.tile_expert,
+                num_experts=num_experts,
+            )  # fmt: skip
+
+    def dense(self):
+        """The products as an array."""
+        with jax.named_scope("gate_up"):
+            return multiply_by_pair(*self)
+
+
 class WeightGradient(NamedTuple):
     """The gradient of a group's weights as its factors: the sum of x^T dy over each expert's tiles.
 

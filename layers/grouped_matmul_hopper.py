@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from layers import hopper
-from layers.hopper import DEPTH, ROWS, SIDE, SQUARES, STEPS, STRIPE
+from layers.hopper import DEPTH, ROWS, SIDE, SQUARES, STEPS, STRIPE, TILE_ROWS
 
 COLUMNS = 2 * SIDE
 # Of a weight gradient: what it is added to takes shared memory, and passes through the cache too.
@@ -127,6 +127,25 @@ def rows_times_pair(x_PA, stack, first_2, tile_expert, *, num_experts: int):
     As `rows_times_weights` of each, with the rows loaded once. A block is 128 x 128 outputs of
     both, so that a width of 128 n wastes nothing; a warpgroup computes 64 rows of it.
     """
+    num_rows, outer = x_PA.shape[0], stack.shape[2]
+    out = jax.ShapeDtypeStruct((2 * num_rows, outer), x_PA.dtype)
+    kernel, operands = _rows_times_pair(0, x_PA, stack, first_2, tile_expert, num_experts)
+    return hopper.call(kernel, operands, out).reshape(2, num_rows, outer)
+
+
+@functools.partial(jax.jit, static_argnames="num_experts")
+def write_rows_times_pair(words_RB, first, x_PA, stack, first_2, tile_expert, *, num_experts: int):
+    """The buffer with `rows_times_pair`, by bits, in the 2 P rows from `first` on, in place.
+
+    words: unsigned integers as wide as the products; first: a multiple of 8.
+    """
+    assert words_RB.shape[1] == stack.shape[2], (words_RB.shape, stack.shape)
+    kernel, operands = _rows_times_pair(first, x_PA, stack, first_2, tile_expert, num_experts)
+    return hopper.call(kernel, operands, in_place=words_RB)
+
+
+def _rows_times_pair(first, x_PA, stack, first_2, tile_expert, num_experts: int):
+    """(kernel, its operands) for the rows from `first` on of its last argument."""
     num_rows, inner = x_PA.shape
     outer = stack.shape[2]
     assert num_rows % ROWS == 0 and inner % DEPTH == 0, (x_PA.shape, stack.shape)
@@ -149,12 +168,12 @@ def rows_times_pair(x_PA, stack, first_2, tile_expert, *, num_experts: int):
             ],
         )
 
-    def multiply_by_pair(tile_expert, tile_place, x, w, out):
+    def multiply_by_pair(tile_expert, tile_place, first, x, w, out):
         def in_scope(allocations, staging):
             group = lax.axis_index("wg")
 
             def block(row_block, column_block):
-                row = row_block * ROWS + group * height
+                row = first[0] * TILE_ROWS + row_block * ROWS + group * height
                 columns = pl.ds(column_block * SIDE, SIDE)
 
                 def multiply(_, x_tile, one_tile, other_tile, accumulators):
@@ -167,7 +186,9 @@ def rows_times_pair(x_PA, stack, first_2, tile_expert, *, num_experts: int):
                 def store(*accumulators):
                     parts = []
                     for which, acc in enumerate(accumulators):
-                        result = acc.astype(out.dtype)
+                        result = acc.astype(x.dtype)
+                        if out.dtype != x.dtype:
+                            result = lax.bitcast_convert_type(result, out.dtype)
                         target = out.at[pl.ds(which * num_rows + row, height), columns]
                         for square in hopper.squares(height, SIDE):
                             parts.append((result[square], target.at[square]))
@@ -191,9 +212,9 @@ def rows_times_pair(x_PA, stack, first_2, tile_expert, *, num_experts: int):
             collective_axes="wg",
         )
 
-    out = jax.ShapeDtypeStruct((2 * num_rows, outer), x_PA.dtype)
-    operands = (tile_expert, first_2[:, None] + tile_expert, x_PA, stack)
-    return hopper.call(multiply_by_pair, operands, out).reshape(2, num_rows, outer)
+    # A copy must be known to begin at a whole tile of shared memory.
+    first_1 = jnp.asarray(first // TILE_ROWS, jnp.int32)[None]
+    return multiply_by_pair, (tile_expert, first_2[:, None] + tile_expert, first_1, x_PA, stack)
 
 
 @functools.partial(jax.jit, static_argnames="num_experts")

@@ -18,6 +18,7 @@ EPILOGUE = 64  # the output leaves in squares of this size
 SQUARES = 2  # of a warpgroup that may be on their way out
 STRIPE = 8  # blocks of columns that neighbours in time share, for the L2 cache
 LOADER_REGISTERS = 40
+TILE_ROWS = 8  # of the swizzled tiles in which a buffer lies in shared memory
 
 
 def ignore(*_, **__):
@@ -45,7 +46,7 @@ def transforms(width: int, dtype):
     """Tiling and swizzle of a shared-memory buffer whose rows are cut into `width` elements."""
     swizzle = plgpu.find_swizzle(width * jnp.dtype(dtype).itemsize * 8)
     elements = swizzle // jnp.dtype(dtype).itemsize
-    return plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.TilingTransform((TILE_ROWS, elements)), plgpu.SwizzleTransform(swizzle)
 
 
 def staging(dtype):

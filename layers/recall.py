@@ -1,4 +1,4 @@
-"""Values that an earlier pass kept."""
+"""Values that an earlier pass kept, and gradients of values in between."""
 
 import jax
 
@@ -23,3 +23,13 @@ def recalled(function, kept, *args):
 
     call.defvjp(forward, backward)
     return call(kept, *args)
+
+
+@jax.custom_vjp
+def tap(x, stand_in):
+    """x, whose gradient `stand_in` (of the same shape, not read) receives too."""
+    del stand_in
+    return x
+
+
+tap.defvjp(lambda x, stand_in: (x, None), lambda _, dx: (dx, dx))

@@ -34,6 +34,7 @@ from disag_jax.step import Stepper
 from layers.attention import AttentionKernel, causal_attention
 from layers.grouped_matmul import (
     GroupWeights,
+    PairProduct,
     PairWeights,
     WeightGradient,
     multiply_by_group,
@@ -158,6 +159,35 @@ def test_hopper_kernels_equal_the_portable_product(num_weights, outer):
     for kernel, expected, tolerance in zip(kernels, exact, (4e-3, 4e-3, 1e-5), strict=True):
         assert support.relative_error(np.asarray(kernel, np.float64), expected) < tolerance
     assert not np.asarray(kernels[2])[0].any() and not np.asarray(kernels[2])[-2:].any()
+
+
+@pytest.mark.parametrize("outer", [320, 1408])
+def test_a_pair_is_written_where_it_is_kept(outer):
+    """By bits, into rows of a buffer of words, and nothing beside them is changed."""
+    counts, first = np.array([0, 130, 1, 0, 300]), 24
+    ids = np.repeat(np.arange(counts.size), counts)
+    num_sorted = sorted_rows(ids.size + 300, counts.size, tile_rows())
+    order, _ = order_by_expert(
+        jnp.asarray(ids, jnp.int32)[:, None], counts.size, num_sorted, tile_rows()
+    )
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (num_sorted, 192), jnp.bfloat16)
+    stack = jax.random.normal(keys[1], (2 * counts.size, 192, outer), jnp.bfloat16)
+    words = jnp.full((first + 2 * num_sorted + 8, outer), 7, jnp.uint16)
+
+    @jax.jit
+    def both_ways(x, stack, words, first):
+        views = [GroupWeights(stack, jnp.int32(i * counts.size), counts.size) for i in range(2)]
+        product = PairProduct(x, PairWeights.of(*views), order.tile_expert)
+        assert product.writes_in_place(words.dtype)
+        return product.dense(), product.write_to(words, first)
+
+    expected, found = map(np.asarray, both_ways(x, stack, words, jnp.int32(first)))
+    np.testing.assert_array_equal(found[:first], 7)
+    np.testing.assert_array_equal(found[-8:], 7)
+    found = found[first:-8].reshape(2, num_sorted, outer)
+    used = np.repeat(np.asarray(order.tile_expert) < counts.size, tile_rows())
+    np.testing.assert_array_equal(found[:, used], expected.view(np.uint16)[:, used])
 
 
 @pytest.mark.parametrize("num_documents", [None, 8])

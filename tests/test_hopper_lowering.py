@@ -71,6 +71,24 @@ def test_a_pair_lowers_to_one_kernel_each_way(outer):
     assert found == 2
 
 
+def test_a_pair_lowers_to_one_kernel_that_writes_where_it_is_kept():
+    def keep(words, first, x, weights, first_2, tile_expert):
+        return grouped_matmul_hopper.write_rows_times_pair(
+            words, first, x, weights, first_2, tile_expert, num_experts=EXPERTS
+        )
+
+    found = lowered_kernels(
+        keep,
+        words=(jnp.uint16, 5 * ROWS, OUTER),
+        first=(jnp.int32,),
+        x=(jnp.bfloat16, ROWS, INNER),
+        weights=(jnp.bfloat16, 2 * EXPERTS, INNER, OUTER),
+        first_2=(jnp.int32, 2),
+        tile_expert=(jnp.int32, ROWS // 128),
+    )
+    assert found == 1
+
+
 @pytest.mark.parametrize(("inner", "outer"), [(INNER, OUTER), (OUTER, INNER)])
 def test_weight_gradients_lower_in_both_orientations(inner, outer):
     """Once for both weights of a pair."""

@@ -56,7 +56,13 @@ def test_sizes_are_the_programs(split, recompute, dtype):
         for role in Role:
             slots = tuple(3 * (other is role) for other in Role)
             slots = slots[0], chunks * slots[1]
-            pool = StashPool(templates, slots, geometry.compute_dtype, config.split.colocated)
+            pool = StashPool(
+                templates,
+                slots,
+                geometry.compute_dtype,
+                config.split.colocated,
+                config.model.expert_width,
+            )
             assert pool.num_bytes == 3 * sizes.stash_entry_bytes[role]
         assert sizes.layer_parameters == {role: layouts[role].num_columns for role in Role}
 

@@ -386,7 +386,7 @@ def test_stashes_have_their_template_and_survive_the_pool(role, colocated):
         Role.ATTENTION: AttentionUnit(GEOMETRY).stash_template(),
         Role.EXPERT: ExpertUnit(GEOMETRY).stash_template(),
     }
-    pool = StashPool(templates, (2, 3), GEOMETRY.compute_dtype, colocated)
+    pool = StashPool(templates, (2, 3), GEOMETRY.compute_dtype, colocated, MODEL.expert_width)
     if role is Role.ATTENTION:
         stash = attention_forward()[0][1]
     else:
@@ -407,6 +407,69 @@ def test_stashes_have_their_template_and_survive_the_pool(role, colocated):
 
     jax.tree.map(np.testing.assert_array_equal, write_and_read(stash, other), (stash, other))
     assert pool.zeros().nbytes == pool.num_bytes
+
+
+class _Deferred:
+    """A product not yet made whose kernel writes it, by bits, into rows of a buffer."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def writes_in_place(self, word_dtype):
+        return word_dtype == np.uint64
+
+    def write_to(self, rows, first):
+        assert rows.shape[1] == MODEL.expert_width
+        self.first = first
+        words = jax.lax.bitcast_convert_type(self.value, rows.dtype)
+        return jax.lax.dynamic_update_slice(
+            rows, words.reshape(-1, rows.shape[1]), (first, jnp.zeros_like(first))
+        )
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+@pytest.mark.parametrize("slot", [0, 2])
+def test_a_kernel_finds_the_rows_of_what_it_keeps(slot, colocated):
+    unit = ExpertUnit(keeping_geometry())
+    templates = {
+        Role.ATTENTION: AttentionUnit(GEOMETRY).stash_template(),
+        Role.EXPERT: unit.stash_template(),
+    }
+    pool = StashPool(templates, (2, 3), GEOMETRY.compute_dtype, colocated, MODEL.expert_width)
+    stash = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), templates[Role.EXPERT])
+    products = normal(*templates[Role.EXPERT].products["gate_up"].shape)
+
+    @jax.jit
+    def write_and_read(products, slot):
+        made = stash._replace(products={"gate_up": products})
+        deferred = stash._replace(products={"gate_up": _Deferred(products)})
+        pools = [pool.write(pool.zeros(), Role.EXPERT, slot, s) for s in (made, deferred)]
+        first_row = deferred.products["gate_up"].first
+        return pools, pool.read(pools[1], Role.EXPERT, slot), first_row
+
+    (made, deferred), kept, first_row = write_and_read(products, jnp.int32(slot))
+    np.testing.assert_array_equal(made, deferred)
+    np.testing.assert_array_equal(kept.products["gate_up"], products)
+    assert first_row % 8 == 0, "a kernel's copies begin at whole tiles"
+
+
+def keeping_geometry():
+    run = dataclasses.replace(GEOMETRY.config.run, recompute=Recompute.NONE)
+    return make_geometry(dataclasses.replace(GEOMETRY.config, run=run))
+
+
+def test_products_may_be_made_where_they_are_kept():
+    unit, params, message = ExpertUnit(keeping_geometry()), expert_unit()[1], random_message(seed=0)
+
+    @jax.jit
+    def through_the_stash(params, message):
+        received, _ = unit.receive(message)
+        kept = unit.keep(params, received)
+        product = kept.products["gate_up"].dense()
+        return unit.finish(params, message, received._replace(products={"gate_up": product}))
+
+    sent, stash, _ = jax.jit(unit.forward)(params, message)
+    assert_trees_close(through_the_stash(params, message), (sent, stash))
 
 
 def _assert_is(leaf, spec):

@@ -109,13 +109,12 @@ def expert_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
     expert_weights = sizes.layer_parameters[Role.EXPERT]
     # The gate and up products; that of `down` is not needed again.
     expert_again = 0 if recompute is Recompute.NONE else 2 / 3
-    expert_kept = sum(sizes.expert_kept_bytes)
     return {
-        # Decode, norm, stash, residual, encode; sort, sum over choices; SwiGLU; weights; what is
-        # kept.
+        # Decode, norm, stash, residual, encode; sort, sum over choices; SwiGLU; weights. What is
+        # kept is written there by the product's kernel.
         "expert_forward": Work(
             expert_products, 0, 10 * rows + 3 * sorted_hidden + 3 * sorted_inner
-            + expert_weights * item + 2 * expert_kept,
+            + expert_weights * item,
         ),
         # The same twice, where what was kept is read instead of made; but the rows are not summed
         # again, and the gate's and the up product's gradient leave their kernel as a sum. Each

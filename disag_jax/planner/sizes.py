@@ -9,7 +9,7 @@ import functools
 
 from disag_jax.config import Config, Dtype, ModelConfig, Recompute
 from disag_jax.geometry import Bucket, buckets, chunk_bucket, expected_load, placement_of
-from disag_jax.stash import BLOCK_WORDS
+from disag_jax.stash import BLOCK_WORDS, alignment
 from mesh.placement import ExpertPlaces, Placement
 from mesh.roles import Role
 
@@ -171,7 +171,7 @@ class Sizes:
         ]
 
     def _in_blocks(self, leaves: list[int]) -> int:
-        block = BLOCK_WORDS * self.item_bytes
+        block = alignment(self.config.model.expert_width) * BLOCK_WORDS * self.item_bytes
         return sum(-(-size // block) * block for size in leaves)
 
     @property

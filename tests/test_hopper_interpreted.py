@@ -1,0 +1,57 @@
+"""The Hopper kernels compute the right thing in Pallas' interpreter, which needs no GPU.
+
+It knows neither transposed operands nor kernels that work in place: tests/test_gpu.py runs those.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers import grouped_matmul_hopper, hopper
+
+# Not among JAX's public names.
+interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+
+EXPERTS, TILE, INNER, OUTER = 2, 128, 128, 256
+# The last tile is unused.
+TILE_EXPERT = np.array([0, 1, EXPERTS], np.int32)
+USED = 2 * TILE
+FIRST_2 = np.array([3, 1], np.int32)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(hopper, "num_processors", lambda: 2)
+    with interpreter.force_gpu_interpret_mode():
+        yield
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def product(x, stack, first):
+    """Row by row of the used tiles, in float32."""
+    x, stack = np.asarray(x, np.float32), np.asarray(stack, np.float32)
+    tiles = zip(np.split(x[:USED], 2), TILE_EXPERT[:2], strict=True)
+    return np.concatenate([rows @ stack[first + expert] for rows, expert in tiles])
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(np.asarray(actual, np.float32), expected, rtol=1e-2, atol=0.2)
+
+
+def test_products_of_several_sources_are_summed():
+    x, stack = draw(0, 2, 3 * TILE, INNER), draw(1, 2 * EXPERTS + 1, INNER, OUTER)
+    y = grouped_matmul_hopper.rows_times_weights(
+        x, stack, FIRST_2, TILE_EXPERT, num_experts=EXPERTS, transpose=False
+    )
+    expected = [product(x_PA, stack, first) for x_PA, first in zip(x, FIRST_2, strict=True)]
+    assert_close(y[:USED], expected[0] + expected[1])
+
+
+def test_both_products_of_a_pair():
+    x, stack = draw(0, 3 * TILE, INNER), draw(1, 2 * EXPERTS + 1, INNER, OUTER)
+    y = grouped_matmul_hopper.rows_times_pair(x, stack, FIRST_2, TILE_EXPERT, num_experts=EXPERTS)
+    assert_close(y[:, :USED], np.stack([product(x, stack, first) for first in FIRST_2]))
