@@ -252,21 +252,6 @@ class ExpertUnit:
         received, needed = self.receive(message)
         return *self.finish(params, message, received), needed
 
-    def finish(self, params, message: Message, received: ExpertStash):
-        """As `forward` after `receive`: (Message, ExpertStash); finds products that were kept."""
-        y, computed = self._experts(params, received.x, received.gate, received)
-        stash = received._replace(products=self._choose_kept(computed.outputs))
-        return message._replace(x=y.reshape(message.x.shape)), stash
-
-    def keep(self, params, received: ExpertStash) -> ExpertStash:
-        """What is received, with the products that the stash keeps, not yet made (PairProduct)."""
-        product = PairProduct(
-            sort_rows(self._normed(params, received.x), received.order),
-            _gate_up_weights(params),
-            received.order.tile_expert,
-        )
-        return received._replace(products=self._choose_kept({"gate_up": product}))
-
     def receive(self, message: Message):
         """Sorts the rows of a message: (ExpertStash without products, sorted rows needed)."""
         g = self.geometry
@@ -286,6 +271,21 @@ class ExpertUnit:
             products={},
         )
         return stash, needed.astype(jnp.int32)
+
+    def keep(self, params, received: ExpertStash) -> ExpertStash:
+        """What is received, with the products that the stash keeps, not yet made (PairProduct)."""
+        product = PairProduct(
+            sort_rows(self._normed(params, received.x), received.order),
+            _gate_up_weights(params),
+            received.order.tile_expert,
+        )
+        return received._replace(products=self._choose_kept({"gate_up": product}))
+
+    def finish(self, params, message: Message, received: ExpertStash):
+        """As `forward` after `receive`: (Message, ExpertStash); finds products that were kept."""
+        y, computed = self._experts(params, received.x, received.gate, received)
+        stash = received._replace(products=self._choose_kept(computed.outputs))
+        return message._replace(x=y.reshape(message.x.shape)), stash
 
     def backward(self, params, stash: ExpertStash, dy):
         """Returns (parameter gradients, Cotangent [M, C]) for dy [M, C, D].
