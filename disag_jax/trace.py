@@ -46,12 +46,16 @@ class DeviceTime(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One execution of an operation of a compiled program, in nanoseconds."""
+    """One execution of an operation of a compiled program, in nanoseconds.
+
+    A kernel of a CUDA graph has the graph's name: which operation it belongs to is not recorded.
+    """
 
     program: str
     name: str
     begin: float
     end: float
+    kernel: str = ""
 
 
 class Operations(NamedTuple):
@@ -97,7 +101,7 @@ def operations(directory) -> Operations:
 def _add_operation(ran: list[Operation], event, stats: dict):
     if "hlo_op" in stats and "hlo_module" in stats:
         end = event.start_ns + event.duration_ns
-        ran.append(Operation(stats["hlo_module"], stats["hlo_op"], event.start_ns, end))
+        ran.append(Operation(stats["hlo_module"], stats["hlo_op"], event.start_ns, end, event.name))
 
 
 def device_times(directory) -> dict[str, DeviceTime]:
