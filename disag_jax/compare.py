@@ -148,8 +148,7 @@ class Runner:
     def _command(self, config: Config, workdir, num_steps: int, traced: bool) -> list[str]:
         config = copy.deepcopy(config)
         config.run = dataclasses.replace(
-            config.run, num_steps=num_steps, log_every=1, eval_batches=1, eval_every=0,
-            checkpoint_every=0,
+            config.run, num_steps=num_steps, log_every=1, eval_batches=0, checkpoint_every=0,
         )  # fmt: skip
         traced_steps = f"--profile_steps={num_steps - TRACED_STEPS}:{num_steps}"
         flags = [f"--cpu_devices={self._cpu_devices}", *([traced_steps] if traced else [])]

@@ -135,12 +135,13 @@ def _train(
             stragglers = Stragglers(config, meshes, prediction and prediction.step_seconds)
             state = _loop(stepper, state, batches, inputs, outputs, stragglers, stop, watchdog)
         result = None
-        if state.step == config.run.num_steps:
+        is_complete = state.step == config.run.num_steps
+        if is_complete and config.run.eval_batches:
             watchdog.at("the last evaluation")
             result = _evaluate(stepper, state, inputs, outputs)
         watchdog.at("the last checkpoint")
         outputs.finish(state.step)
-        if result is None:
+        if not is_complete:
             outputs.display.say(startup_report.stopped(state.step))
         return result
     finally:
@@ -235,7 +236,7 @@ def _loop(
             began = time.perf_counter()
         if stopping:
             break
-        if _due(state.step, run.eval_every) and not last:
+        if run.eval_batches and _due(state.step, run.eval_every) and not last:
             watchdog.at(f"the evaluation after step {state.step}")
             _evaluate(stepper, state, inputs, outputs)
             began = time.perf_counter()

@@ -33,7 +33,7 @@ def verify_resume(config: Config, directory: pathlib.Path, num_steps: int, *flag
     RunError if a bit differs. `flags` are more of `train.py`, such as "--cpu_devices=8".
     """
     config = copy.deepcopy(config)
-    config.run = dataclasses.replace(config.run, log_every=1, eval_every=0, checkpoint_every=0)
+    config.run = dataclasses.replace(config.run, log_every=1, eval_batches=0, checkpoint_every=0)
     whole, halves = directory / "whole", directory / "halves"
     _train(config, whole, f"--stop_after={num_steps}", *flags)
     _train(config, halves, f"--stop_after={num_steps // 2}", *flags)

@@ -22,7 +22,7 @@ def get_config():
     config.data.paths = ({text!r},)
     config.run.compute_dtype = Dtype.FLOAT64
     config.run.num_steps, config.run.log_every = 4, 1
-    config.run.eval_every, config.run.eval_batches, config.run.checkpoint_every = 0, 1, 2
+    config.run.eval_batches, config.run.checkpoint_every = 0, 2
     config.run.start_timeout_seconds = 60
     return config
 """

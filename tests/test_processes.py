@@ -45,6 +45,7 @@ def alone(config_file, tmp_path_factory):
 def test_losses_do_not_depend_on_the_processes(
     config_file, alone, tmp_path, num_processes, arguments
 ):
+    arguments += ("--config.run.eval_batches=1",)
     several = launch(config_file, tmp_path / "several", num_processes, *arguments)
     expected = alone(arguments)
     assert losses(several) == pytest.approx(losses(expected), rel=1e-12)
