@@ -107,15 +107,28 @@ def _add_operation(ran: list[Operation], event, stats: dict):
 def device_times(directory) -> dict[str, DeviceTime]:
     """The times of each GPU in the traces under a directory; ConfigError if there are none."""
     spans = collections.defaultdict(lambda: ([], []))
+    for device, kernel, begin, end in kernels(directory):
+        is_communication = COMMUNICATION.search(kernel) is not None
+        spans[device][is_communication].append((begin, end))
+    return {name: device_time(*parts) for name, parts in sorted(spans.items())}
+
+
+def kernels(directory) -> list[tuple[str, str, float, float]]:
+    """(device, kernel or copy, begin, end) in nanoseconds of all that ran on GPUs, in any order.
+
+    Of all traces under a directory; ConfigError if there are none.
+    """
+    found = []
     for path in sorted(pathlib.Path(directory).rglob("*.xplane.pb")):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            if GPU.match(plane.name):
-                for line in plane.lines:
-                    if STREAM.match(line.name):
-                        _sort_events(line.events, *spans[plane.name])
-    if not spans:
+            lines = plane.lines if GPU.match(plane.name) else ()
+            for line in (line for line in lines if STREAM.match(line.name)):
+                for event in line.events:
+                    end = event.start_ns + event.duration_ns
+                    found.append((plane.name, event.name, event.start_ns, end))
+    if not found:
         raise ConfigError(f"{directory} must hold the trace of a GPU")
-    return {name: device_time(*parts) for name, parts in sorted(spans.items())}
+    return found
 
 
 def device_time(compute, communication) -> DeviceTime:
@@ -129,12 +142,6 @@ def device_time(compute, communication) -> DeviceTime:
         communication=_covered(communication) / 1e9,
         exposed=(busy - computing) / 1e9,
     )
-
-
-def _sort_events(events, compute: list, communication: list):
-    for event in events:
-        span = (event.start_ns, event.start_ns + event.duration_ns)
-        (communication if COMMUNICATION.search(event.name) else compute).append(span)
 
 
 def _covered(spans) -> float:
