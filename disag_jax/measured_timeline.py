@@ -18,7 +18,7 @@ import numpy as np
 
 from disag_jax import trace
 from disag_jax.errors import RunError
-from disag_jax.planner import pictures, timeline
+from disag_jax.planner import timeline
 from disag_jax.planner.prediction import Prediction
 from disag_jax.planner.timeline import BEFORE_LOOP, WAIT, Span, loss_name, unit_name
 from disag_jax.schedule import Schedule
@@ -272,6 +272,9 @@ def write(directory: pathlib.Path, stepper: Stepper, prediction: Prediction | No
     Beside the predicted one of the same step, if given. Returns the paths; raises as `measured`,
     and ConfigError where a file cannot be written.
     """
+    # Few runs draw, and what draws takes most of a second to import.
+    from disag_jax.planner import pictures
+
     text = stepper.compiled_program(stepper.chooser.current).as_text()
     sources = {"measured": measured(directory, text, stepper.schedule, stepper.meshes)}
     if prediction is not None:
