@@ -9,7 +9,6 @@ import dataclasses
 import json
 import pathlib
 
-
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.prediction import Prediction, simulate_step, timing_of
 from disag_jax.planner.simulator import make_table, transfer_times
