@@ -254,6 +254,20 @@ def test_no_checkpoint(small, tmp_path):
         SavedCheckpoint.open(tmp_path / "none")
 
 
+def test_directories_of_other_names_are_no_checkpoints(small, tmp_path):
+    manager, state = small
+    save_steps(first := Checkpoints(tmp_path, manager), state, [3])
+    first.close()
+    for name in ("-5", "3 copy", "04", "4.orbax-checkpoint-tmp", "\N{ARABIC-INDIC DIGIT NINE}"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "7").write_text("a file")
+    again = Checkpoints(tmp_path, manager)
+    restored, _ = again.restore()
+    assert restored.step == 3
+    save_steps(again, restored, [4])
+    assert again.steps() == [3, 4]
+
+
 def test_one_is_always_kept(small, tmp_path):
     with pytest.raises(ConfigError, match="keep_last = 0 must be"):
         Checkpoints(tmp_path, small[0], keep_last=0)
