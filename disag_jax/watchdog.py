@@ -24,6 +24,8 @@ from disag_jax.signs import DONE, RUNNING, Sign
 
 # Signs of life per timeout, and the longest time between two, in seconds.
 SIGNS_PER_TIMEOUT, LONGEST_INTERVAL = 10, 5.0
+# Signs of life from the end of a timeout until the slowest process has ended on the verdict.
+SIGNS_UNTIL_ALL_END = 8
 # Within this many seconds all processes fail that fail for the same reason.
 GRACE = 4.0
 SHOW_CURSOR = "\x1b[?25h"
@@ -137,10 +139,10 @@ class Watchdog:
 
     def _leave(self, error: BaseException | None):
         """Tells the others that this process goes; ends it here if it goes alone."""
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if _may_be_of_another(error):
             # A lost process breaks connections before it is known to be lost. Its name is worth
             # the wait, in which `_watch` ends this process.
-            seconds = self._timeout + 5 * self._interval
+            seconds = self._timeout + SIGNS_UNTIL_ALL_END * self._interval
             print(
                 f"process {self._me}: {processes.describe(error)} (for {seconds:.0f} s at most it "
                 "looks whether another process is lost)",
@@ -177,6 +179,15 @@ class Watchdog:
         if self._several:
             self._last_words.close()
         os._exit(RUN_ERROR)
+
+
+def _may_be_of_another(error: BaseException | None) -> bool:
+    """Whether a lost process may have caused an error: a program that failed with its connections.
+
+    JAX raises a ValueError where the program ran while it was called.
+    """
+    is_of_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    return is_of_jax and not isinstance(error, ConfigError)
 
 
 def _lost(process: int) -> str:

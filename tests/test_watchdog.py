@@ -134,6 +134,14 @@ def test_process_0_is_lost_where_it_does_not_answer(run_of_two):
         assert wait_for(ends).startswith("process 0 is lost")
 
 
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_a_broken_connection_waits_for_the_name_of_the_lost_process(run_of_two, kind):
+    make, ends = run_of_two
+    with pytest.raises(kind), make(0, heartbeat_timeout_seconds=1):
+        raise kind("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    assert ends[0].startswith("process 1 is lost")
+
+
 def test_one_that_fails_alone_is_named_with_its_reason(run_of_two):
     make, ends = run_of_two
     with make(0, heartbeat_timeout_seconds=2):
