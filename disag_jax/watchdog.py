@@ -143,11 +143,9 @@ class Watchdog:
             # A lost process breaks connections before it is known to be lost. Its name is worth
             # the wait, in which `_watch` ends this process.
             seconds = self._timeout + SIGNS_UNTIL_ALL_END * self._interval
-            print(
+            _print(
                 f"process {self._me}: {processes.describe(error)} (for {seconds:.0f} s at most it "
-                "looks whether another process is lost)",
-                file=sys.stderr,
-                flush=True,
+                "looks whether another process is lost)"
             )
             self._stopped.wait(seconds)
         self._status = processes.describe(error) if error else DONE
@@ -173,7 +171,7 @@ class Watchdog:
     def _end(self, sentence: str):
         """Ends this process at once: nothing that waits for another one is waited for."""
         cursor = SHOW_CURSOR if sys.stderr.isatty() else ""
-        print(f"{cursor}error: {sentence}; {self._checkpoint}", file=sys.stderr, flush=True)
+        _print(f"{cursor}error: {sentence}; {self._checkpoint}")
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         if self._several:
@@ -188,6 +186,12 @@ def _may_be_of_another(error: BaseException | None) -> bool:
     """
     is_of_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
     return is_of_jax and not isinstance(error, ConfigError)
+
+
+def _print(sentence: str):
+    # Where the disk with the log is full, the process ends all the same.
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def _lost(process: int) -> str:

@@ -1,5 +1,6 @@
 """A lost, stopped, failed or stuck process ends the run, and is named."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -177,7 +178,8 @@ def test_a_stuck_process_says_where(monkeypatch):
     )
 
 
-def test_ending_does_not_wait_for_the_main_thread(tmp_path):
+@pytest.mark.parametrize("standard_error", [subprocess.PIPE, "/dev/full"])
+def test_ending_does_not_wait_for_the_main_thread(tmp_path, standard_error):
     """The real end, in a process of its own whose main thread sleeps."""
     program = (
         "import time\n"
@@ -188,8 +190,13 @@ def test_ending_does_not_wait_for_the_main_thread(tmp_path):
         "    dog.last_good('the last good checkpoint is of step 4')\n"
         "    time.sleep(1000)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=launching.REPOSITORY, capture_output=True, text=True
-    )
+    with contextlib.ExitStack() as stack:
+        if standard_error != subprocess.PIPE:
+            standard_error = stack.enter_context(open(standard_error, "w"))
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=launching.REPOSITORY, stderr=standard_error, text=True, timeout=60,
+        )  # fmt: skip
     assert done.returncode == RUN_ERROR
-    assert done.stderr.endswith("at the start; the last good checkpoint is of step 4\n")
+    if done.stderr is not None:
+        assert done.stderr.endswith("at the start; the last good checkpoint is of step 4\n")
