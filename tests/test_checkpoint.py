@@ -241,6 +241,9 @@ def test_a_failed_write_is_reported_and_leaves_the_others(small, tmp_path, monke
         with pytest.raises(SaveFailedError, match=r"of step 2 could not be saved: disk full"):
             checkpoints.wait()
     assert checkpoints.steps() == [1]
+    assert len(list(tmp_path.iterdir())) == 2
+    checkpoints._check_writable()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"], "its space is free again"
     save_steps(checkpoints, state, [3])
     assert checkpoints.steps() == [3]
     assert [path.name for path in tmp_path.iterdir()] == ["3"], "the broken one is cleaned up"
