@@ -165,6 +165,7 @@ class Checkpoints:
         # A copy that the caller cannot change meanwhile, and an error here if it is not JSON.
         extra = json.loads(json.dumps(extra))
         metadata = {
+            "step": state.step,
             "leaves": self._types,
             "extra": extra,
             "checksum": checksum(self._types, extra),

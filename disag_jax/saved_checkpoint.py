@@ -149,6 +149,9 @@ def read_metadata(directory: str, step: int) -> Metadata:
         # Checkpoints of before there was a checksum have none.
         if custom.get("checksum") not in (None, checksum(leaves, extra)):
             raise ValueError("its metadata must have the checksum that it names")
+        # A copy under another name would go on with other data. Older ones have no such field.
+        if custom.get("step", step) != step:
+            raise ValueError(f"its metadata must say step {step}, not {custom['step']!r}")
         for name, text in leaves.items():
             if not LEAF_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} must be a name of an array")

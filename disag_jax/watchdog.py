@@ -100,7 +100,8 @@ class Watchdog:
             elif self._status == RUNNING:
                 if self._verdict:
                     self._end(self._verdict)
-                if now - self._heard[0] > self._timeout and self._me:
+                # One that is done waits for the others without a sign.
+                if self._me and self._is_silent(0, now) and self._others[0].status != DONE:
                     self._end(_lost(0))
                 if now - self._moved > self._stall_timeout:
                     self._end(self._stalled())
@@ -127,11 +128,14 @@ class Watchdog:
             if sign != self._others[process]:
                 self._others[process], self._heard[process] = sign, time.monotonic()
 
+    def _is_silent(self, process: int, now: float) -> bool:
+        return now - self._heard[process] > self._timeout
+
     def _judge(self) -> str:
         """Which process is lost or has failed alone, in words; empty if none."""
         now = time.monotonic()
         for process, sign in self._others.items():
-            if sign.status == RUNNING and now - self._heard[process] > self._timeout:
+            if sign.status == RUNNING and self._is_silent(process, now):
                 return _lost(process)
             if sign.has_failed and now - self._failed_at.setdefault(process, now) > GRACE:
                 return f"process {process} failed: {sign.status}"

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import shutil
 import threading
 
 import jax
@@ -264,9 +265,12 @@ def test_directories_of_other_names_are_no_checkpoints(small, tmp_path):
     for name in ("-5", "3 copy", "04", "4.orbax-checkpoint-tmp", "\N{ARABIC-INDIC DIGIT NINE}"):
         (tmp_path / name).mkdir()
     (tmp_path / "7").write_text("a file")
+    shutil.copytree(tmp_path / "3", tmp_path / "6")
     again = Checkpoints(tmp_path, manager)
     restored, _ = again.restore()
     assert restored.step == 3
+    (copy,) = again.damage
+    assert copy.endswith("cannot be read: its metadata must say step 6, not 3")
     save_steps(again, restored, [4])
     assert again.steps() == [3, 4]
 

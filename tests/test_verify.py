@@ -68,7 +68,9 @@ def test_the_last_bit_counts(verified, what, tmp_path):
         message = rf"must have logged the steps 1 to {NUM_STEPS}$"
     else:
         shutil.copytree(
-            workdir / "checkpoints/3", workdir / f"checkpoints/{NUM_STEPS}", dirs_exist_ok=True
+            workdir / "checkpoints/3/arrays",
+            workdir / f"checkpoints/{NUM_STEPS}/arrays",
+            dirs_exist_ok=True,
         )
         message = r"of the checkpoints of step 6 must be equal bit by bit"
     with pytest.raises(RunError, match=message):

@@ -109,10 +109,10 @@ def run_of_two(monkeypatch):
     return make, ends
 
 
-def process_1_says(status):
+def says(process, status):
     """Writes its sign by hand."""
     processes.key_value_store().key_value_set(
-        "watchdog/signs/1", json.dumps([1, status, "step 3"]), allow_overwrite=True
+        f"watchdog/signs/{process}", json.dumps([1, status, "step 3"]), allow_overwrite=True
     )
 
 
@@ -127,6 +127,14 @@ def test_a_process_that_never_begins_is_lost(run_of_two):
     make, ends = run_of_two
     with make(0, heartbeat_timeout_seconds=1):
         assert wait_for(ends).startswith("process 1 is lost")
+
+
+def test_process_0_may_be_done_before_the_others(run_of_two):
+    make, ends = run_of_two
+    says(0, "done")
+    with make(1, heartbeat_timeout_seconds=1):
+        time.sleep(1.5)
+    assert ends == []
 
 
 def test_process_0_is_lost_where_it_does_not_answer(run_of_two):
@@ -146,13 +154,13 @@ def test_a_broken_connection_waits_for_the_name_of_the_lost_process(run_of_two, 
 def test_one_that_fails_alone_is_named_with_its_reason(run_of_two):
     make, ends = run_of_two
     with make(0, heartbeat_timeout_seconds=2):
-        process_1_says("the reason")
+        says(1, "the reason")
         assert wait_for(ends) == "process 1 failed: the reason"
 
 
 def test_one_that_fails_alone_ends_itself(run_of_two):
     make, ends = run_of_two
-    process_1_says("running")
+    says(1, "running")
     with pytest.raises(RunError), make(0, heartbeat_timeout_seconds=5):
         raise RunError("mine alone")
     assert ends == ["mine alone"]
@@ -160,7 +168,7 @@ def test_one_that_fails_alone_ends_itself(run_of_two):
 
 def test_a_failure_of_all_is_left_to_the_commands(run_of_two):
     make, ends = run_of_two
-    process_1_says("the same")
+    says(1, "the same")
     with pytest.raises(RunError), make(0, heartbeat_timeout_seconds=100):
         raise RunError("the same")
     assert ends == []
