@@ -91,8 +91,9 @@ class SkippedSteps:
         )
         if self._in_a_row == self._max_in_a_row:
             raise NonFiniteLossError(
-                f"{what}; skipped run.max_skipped_steps = {self._in_a_row} in a row, and the "
-                "parameters are still those before them"
+                f"{what}; skipped run.max_skipped_steps = {self._in_a_row} in a row, with the "
+                "parameters and checkpoints as before them; if a resumed run ends so too, "
+                "--resume_step names an older checkpoint"
             )
         return f"warning: {what}; its update is skipped ({self._in_a_row} in a row)"
 

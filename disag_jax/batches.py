@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -11,6 +11,9 @@ import numpy as np
 from disag_jax.config import ConfigError
 from disag_jax.mixture import Mixture
 from layers.head import NO_LABEL
+
+# Tokens that stand for the data in its checksum, and how many are read in one place.
+DIGEST_TOKENS, DIGEST_PIECE = 2**24, 2**14
 
 
 class Batch(NamedTuple):
@@ -142,9 +145,23 @@ class Batches:
         return Batch.of(sequences, **self._documents)
 
     def digest(self) -> str:
-        """A checksum of the first batch, which is drawn from everywhere and stands for the data."""
-        first = self.step(0)
-        return f"{zlib.crc32(first.labels.tobytes(), zlib.crc32(first.tokens.tobytes())):08x}"
+        """A checksum of the data: the first batch, the sources' shares, lengths and tokens.
+
+        All tokens of small sources; of large ones pieces evenly apart, DIGEST_TOKENS in all.
+        """
+        first, shares = self.step(0), self._mixture.counts(2**32)
+        lengths = [len(source.tokens) for source in self._sources]
+        checksum = zlib.crc32(repr((shares, lengths, self._documents)).encode())
+        for array in (first.tokens, first.labels, *self._sampled_tokens()):
+            checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+        return f"{checksum:08x}"
+
+    def _sampled_tokens(self) -> Iterator[np.ndarray]:
+        most_pieces = max(1, DIGEST_TOKENS // DIGEST_PIECE // len(self._sources))
+        for source in self._sources:
+            num_pieces = -(-len(source.tokens) // DIGEST_PIECE)
+            for piece in np.linspace(0, num_pieces - 1, min(num_pieces, most_pieces), dtype=int):
+                yield source.tokens[piece * DIGEST_PIECE : (piece + 1) * DIGEST_PIECE]
 
     def _num_records(self, source: Source) -> int:
         tokens, needed = source.tokens, self.sequence_length + 1

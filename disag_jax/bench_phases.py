@@ -20,6 +20,7 @@ from disag_jax.bench_units import loss_call
 from disag_jax.config import Config
 from disag_jax.dispatch import Cotangent
 from disag_jax.geometry import Bucket, buckets, make_geometry
+from disag_jax.overlap import transfers
 from disag_jax.phases import Entry
 from disag_jax.pipeline import EVERYWHERE, PER_WORKER, VOCABULARY_SPECS, make_phases
 from disag_jax.reduction import gather_weights
@@ -66,29 +67,25 @@ class PhaseTimes:
 
 
 def measure(configs: list[Config], meshes: Meshes) -> tuple[list[PhaseTimes], dict[str, float]]:
-    """(times of each config in the smallest bucket that holds its routing, slowdowns of the first).
+    """(times of each config in the smallest bucket that holds its routing, what the first loses).
 
-    The configs have one stage and two layers. A slowdown is a unit's time with the transfer that
-    its phase hides over its time alone; units whose transfer is not much shorter have none: what
-    would be timed is the transfer. All programs are compiled side by side, then run one at a time.
+    The configs have one stage and two layers. What is lost, by unit, is the seconds that its phase
+    takes longer for each second of the transfer that it hides; units whose transfer is not much
+    shorter are left out: what would be timed is the transfer. All programs are compiled side by
+    side, then run one at a time.
     """
     assert all(c.split.stages == 1 and c.model.num_layers == 2 for c in configs), configs
     benches = [_PhaseBench(config, meshes, buckets(config)[0]) for config in configs]
-    beside = _PhaseBench(configs[0], meshes, buckets(configs[0])[-1])
     with concurrent.futures.ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
         programs = [(bench, name) for bench in benches for name in ALONE]
-        programs += [(beside, name) for name in (*ALONE, *BESIDE)]
+        programs += [(benches[0], name) for name in BESIDE]
         losses = [pool.submit(bench.loss) for bench in benches]
         waiting = [pool.submit(bench.program, name) for bench, name in programs]
         for done in waiting + losses:
             done.result()
-    times = []
-    for bench in benches:
-        larger = iter(buckets(bench.config)[1:])
-        while not bench.fits:
-            bench = _PhaseBench(bench.config, meshes, next(larger))
-        times.append(bench.measure())
-    return times, beside.slowdowns()
+    benches = [bench.that_fits() for bench in benches]
+    times = [bench.measure() for bench in benches]
+    return times, benches[0].lost_beside_transfers(times[0])
 
 
 class _PhaseBench:
@@ -121,22 +118,35 @@ class _PhaseBench:
         _, rows_needed, sorted_needed = self._started[1]
         return self.bucket.holds(Bucket(int(np.max(rows_needed)), int(np.max(sorted_needed))))
 
+    def that_fits(self) -> "_PhaseBench":
+        """This one, or the one of the next bucket that holds the routing."""
+        larger, bench = iter(buckets(self.config)[1:]), self
+        while not bench.fits:
+            bench = _PhaseBench(self.config, self.meshes, next(larger))
+        return bench
+
     def measure(self) -> PhaseTimes:
         figures = self.phase_times() | {"loss": time_calls("loss", self.loss())}
         return PhaseTimes(self.bucket, self.pairs, figures)
 
-    def slowdowns(self) -> dict[str, float]:
-        """Of the units whose transfer is short enough."""
-        alone, beside = self.phase_times(), self.phase_times(beside_transfer=True)
-        transfer = {
-            direction: self.time(direction, self.program(_transfer(direction)), Role.ATTENTION)
-            for direction in DIRECTIONS
-        }
-        return {
-            name: beside[name].milliseconds / figure.milliseconds
-            for name, figure in alone.items()
-            if transfer[name.split("_")[1]].milliseconds < HIDDEN_SHARE * figure.milliseconds
-        }
+    def lost_beside_transfers(self, alone: PhaseTimes) -> dict[str, float]:
+        """Of the units whose transfer is short enough; none where XLA runs both in turn."""
+        if not all(self._overlaps(direction) for direction in DIRECTIONS):
+            return {}
+        beside, found = self.phase_times(beside_transfer=True), {}
+        for direction in DIRECTIONS:
+            program = self.program(_transfer(direction))
+            transfer = self.time(direction, program, Role.ATTENTION).milliseconds
+            for name in (f"{role.label}_{direction}" for role in Role):
+                before = alone.figures[name].milliseconds
+                if transfer < HIDDEN_SHARE * before:
+                    found[name] = max(0.0, beside[name].milliseconds - before) / transfer
+        return found
+
+    def _overlaps(self, direction: str) -> bool:
+        """Whether the transfer is under way while the phase runs, by the compiled program."""
+        found = transfers(self.program(_beside(direction)).as_text())
+        return bool(found) and all(transfer.conditionals for transfer in found)
 
     def phase_times(self, *, beside_transfer: bool = False) -> dict[str, Figure]:
         """Times by unit; with `beside_transfer`, while the transfer runs that the phase hides."""
@@ -318,7 +328,8 @@ class _PhaseBench:
 
             def both(index, carry):
                 sent, carry = carry
-                return send(sent), phase(index, carry)
+                # As in the pipeline: the transfer ends with the phase.
+                return lax.optimization_barrier((send(sent), phase(index, carry)))
 
             return (sent, carry), both, lambda carry: (carry[0][:, :1], result(carry[1]))
 

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 
 import jax
@@ -37,6 +38,9 @@ from disag_jax.saved_checkpoint import (
     saved_steps,
 )
 from disag_jax.state import StateManager, TrainState
+
+# Orbax's ending of the directories that it writes to.
+UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class SaveFailedError(RunError):
@@ -161,6 +165,7 @@ class Checkpoints:
         # A copy that the caller cannot change meanwhile, and an error here if it is not JSON.
         extra = json.loads(json.dumps(extra))
         metadata = {
+            "step": state.step,
             "leaves": self._types,
             "extra": extra,
             "checksum": checksum(self._types, extra),
@@ -250,6 +255,9 @@ class Checkpoints:
             raise SaveFailedError(f"the checkpoint of step {step} could not be saved: {failure}")
 
     def _check_writable(self):
+        # What a failed save left may be what fills the disk.
+        for left in pathlib.Path(self._directory).glob(f"*{UNFINISHED}"):
+            shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryFile(dir=self._directory) as file:
             file.write(bytes(4096))
 

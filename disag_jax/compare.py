@@ -33,9 +33,8 @@ from mesh import runtime
 # steps: bfloat16 rounds weights that differ in the last bit to different neighbours.
 TOLERANCES = {Dtype.FLOAT64: 1e-9, Dtype.FLOAT32: 1e-4, Dtype.BFLOAT16: 1e-2}
 
-# Steps that compile, and those whose time counts when micro-batch sizes are tried.
-WARM_UP_STEPS, PROBE_STEPS = 2, 3
-TRACED_STEPS = 2
+# Steps that compile, and the last ones, which are traced; those between count.
+WARM_UP_STEPS, TRACED_STEPS = 2, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +127,13 @@ class Runner:
         self._directory = directory
         self._cpu_devices, self._network = cpu_devices, network
 
-    def run(self, config: Config, name: str, num_steps: int, traced: bool) -> Measurement:
-        """Trains `num_steps`; RunError if the run fails."""
+    def run(self, config: Config, name: str, num_steps: int) -> Measurement:
+        """Trains `num_steps`, the last of them traced; RunError if the run fails."""
         workdir = self._directory / name
         output = self._directory / f"{name}.output.txt"
         with output.open("w") as file:
             process = subprocess.run(
-                self._command(config, workdir, num_steps, traced),
+                self._command(config, workdir, num_steps),
                 env=self._environment(workdir),
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -143,17 +142,16 @@ class Runner:
             raise RunError(f"{name}: {launch.last_line(output.read_text())} (all of it: {output})")
         if self._network == "sockets":
             check_sockets(workdir)
-        return _measure(config, workdir, traced and not self._cpu_devices)
+        return _measure(config, workdir, has_trace=not self._cpu_devices)
 
-    def _command(self, config: Config, workdir, num_steps: int, traced: bool) -> list[str]:
+    def _command(self, config: Config, workdir, num_steps: int) -> list[str]:
         config = copy.deepcopy(config)
         config.run = dataclasses.replace(
-            config.run, num_steps=num_steps, log_every=1, eval_batches=1, eval_every=0,
-            checkpoint_every=0,
+            config.run, num_steps=num_steps, log_every=1, eval_batches=0, checkpoint_every=0,
         )  # fmt: skip
         traced_steps = f"--profile_steps={num_steps - TRACED_STEPS}:{num_steps}"
-        flags = [f"--cpu_devices={self._cpu_devices}", *([traced_steps] if traced else [])]
-        return launch.train_command(config, workdir, *flags)
+        cpu_devices = f"--cpu_devices={self._cpu_devices}"
+        return launch.train_command(config, workdir, cpu_devices, traced_steps)
 
     def _environment(self, workdir) -> dict[str, str]:
         environment = dict(os.environ)
@@ -220,21 +218,21 @@ def compare(
 
 
 def _best(runner: Runner, config: Config, sizes, num_steps: int) -> Measurement:
+    """The fastest run. Each is whole: to start and compile takes longer than its steps."""
     placement, tried = config.split.placement.value, candidates(config, sizes)
-    if len(tried) > 1:
-        speeds = []
-        for candidate in tried:
-            name = f"{placement}_{candidate.batch.tokens_per_worker}"
-            try:
-                found = runner.run(candidate, name, WARM_UP_STEPS + PROBE_STEPS, traced=False)
-                speeds.append((found.tokens_per_second, candidate))
-                print(f"{name}: {found.tokens_per_second:,.0f} tokens/s", flush=True)
-            except RunError as error:
-                print(error, flush=True)
-        if not speeds:
-            raise RunError(f"{placement}: no micro-batch size of {sizes} could be run")
-        config = max(speeds, key=lambda pair: pair[0])[1]
-    return runner.run(config, placement, num_steps, traced=True)
+    if len(tried) == 1:
+        return runner.run(tried[0], placement, num_steps)
+    found = []
+    for candidate in tried:
+        name = f"{placement}_{candidate.batch.tokens_per_worker}"
+        try:
+            found.append(runner.run(candidate, name, num_steps))
+            print(f"{name}: {found[-1].tokens_per_second:,.0f} tokens/s", flush=True)
+        except RunError as error:
+            print(error, flush=True)
+    if not found:
+        raise RunError(f"{placement}: no micro-batch size of {sizes} could be run")
+    return max(found, key=lambda measurement: measurement.tokens_per_second)
 
 
 def table(measurements: tuple[Measurement, Measurement]) -> rich.table.Table:

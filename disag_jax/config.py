@@ -225,7 +225,7 @@ class RunConfig:
       loss_chunk: tokens whose logits a worker holds at once.
       eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never,
         except when the run is told to stop).
-      eval_batches: steps' worth of held-out text per evaluation.
+      eval_batches: steps' worth of held-out text per evaluation; 0 means none.
       keep_checkpoints: newest checkpoints that stay.
       keep_checkpoint_every: checkpoints of its multiples stay for ever; 0 means of no step.
       max_skipped_steps: the run stops after so many steps in a row whose loss or gradient is not
@@ -487,7 +487,7 @@ _POSITIVE = {
     ),
     "batch": ("sequence_length", "tokens_per_worker", "micro_batches"),
     "optimizer": ("peak_learning_rate", "eps", "max_grad_norm"),
-    "run": ("num_steps", "loss_chunk", "log_every", "eval_batches", "keep_checkpoints",
+    "run": ("num_steps", "loss_chunk", "log_every", "keep_checkpoints",
         "max_skipped_steps", "max_failed_checkpoints", "start_timeout_seconds",
         "heartbeat_timeout_seconds", "stall_timeout_seconds",
     ),
@@ -497,5 +497,5 @@ _NOT_NEGATIVE = {
     "model": ("num_shared_experts", "balance_loss_weight", "z_loss_weight", "bias_update_rate"),
     "data": ("prefetch_steps",),
     "optimizer": ("final_learning_rate", "warmup_steps", "weight_decay"),
-    "run": ("seed", "eval_every", "checkpoint_every", "keep_checkpoint_every"),
+    "run": ("seed", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoint_every"),
 }

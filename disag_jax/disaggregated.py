@@ -41,9 +41,11 @@ class DisaggregatedPhases(Phases):
             with jax.named_scope("expert_forward"):
                 return self._experts(inbox, entry, stash, stats)
 
+        # Experts first, in both phases: a worker whose unit comes second fills the outbox with
+        # zeros before, and experts are more often those that the others wait for.
         state = (jnp.zeros_like(inbox), stash, stats)
-        state = update_if(self._plays(entry, Role.ATTENTION), attention, *state)
-        return update_if(self._plays(entry, Role.EXPERT), experts, *state)
+        state = update_if(self._plays(entry, Role.EXPERT), experts, *state)
+        return update_if(self._plays(entry, Role.ATTENTION), attention, *state)
 
     def backward(self, inbox, entry: Entry, stash, grads: Grads):
         def attention(_, rows, embedding):
@@ -54,15 +56,15 @@ class DisaggregatedPhases(Phases):
             with jax.named_scope("expert_backward"):
                 return self._experts_back(inbox, entry, stash, rows, post_norm)
 
-        outbox, rows, embedding = update_if(
-            self._plays(entry, Role.ATTENTION),
-            attention,
+        outbox, rows, post_norm = update_if(
+            self._plays(entry, Role.EXPERT),
+            experts,
             jnp.zeros_like(inbox),
             grads.rows,
-            grads.embedding,
+            grads.post_norm,
         )
-        outbox, rows, post_norm = update_if(
-            self._plays(entry, Role.EXPERT), experts, outbox, rows, grads.post_norm
+        outbox, rows, embedding = update_if(
+            self._plays(entry, Role.ATTENTION), attention, outbox, rows, grads.embedding
         )
         return outbox, grads._replace(rows=rows, embedding=embedding, post_norm=post_norm)
 

@@ -40,7 +40,12 @@ class PlainDisplay(Display):
         self._num_steps = num_steps
 
     def say(self, text: str):
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            raise  # whoever read it has had enough
+        except OSError:
+            pass  # a full disk costs lines, not the run
 
     def record(self, record: dict):
         self.say(line(record, self._num_steps))

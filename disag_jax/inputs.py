@@ -21,7 +21,7 @@ BASELINE_TOKENS = 2**23
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Batches of both splits, and the bigram baseline's loss on the evaluation batches.
+    """Batches of both splits, and the bigram baseline's loss on the evaluation batches, if any.
 
     tokens_per_byte: tokens of the held-out sources over bytes of their text; None if unknown.
     """
@@ -29,7 +29,7 @@ class Inputs:
     description: str
     train: Batches
     held_out: Batches
-    bigram_loss: float
+    bigram_loss: float | None
     tokens_per_byte: float | None
 
 
@@ -69,16 +69,23 @@ def load_inputs(config: Config) -> Inputs:
     held_out_weights = () if data.held_out_sources else data.weights
     held_out = batches(splits.held_out, EVALUATION_SEED, held_out_weights)
     sample = batches(splits.train, EVALUATION_SEED, data.weights)
-    num_counted = min(sample.num_records, -(-BASELINE_TOKENS // config.batch.sequence_length))
-    bigram = BigramModel.fit(sample.examples(range(num_counted)), config.model.vocab_size)
-    losses = [bigram.loss(held_out.step(i)) for i in range(config.run.eval_batches)]
     return Inputs(
         description=splits.description,
         train=batches(splits.train, config.run.seed, data.weights),
         held_out=held_out,
-        bigram_loss=sum(losses) / len(losses),
+        bigram_loss=_bigram_loss(config, sample, held_out),
         tokens_per_byte=splits.tokens_per_byte,
     )
+
+
+def _bigram_loss(config: Config, sample: Batches, held_out: Batches) -> float | None:
+    """The baseline's loss on what evaluations read, nats per label; None where there are none."""
+    if not config.run.eval_batches:
+        return None
+    num_counted = min(sample.num_records, -(-BASELINE_TOKENS // config.batch.sequence_length))
+    bigram = BigramModel.fit(sample.examples(range(num_counted)), config.model.vocab_size)
+    losses = [bigram.loss(held_out.step(i)) for i in range(config.run.eval_batches)]
+    return sum(losses) / len(losses)
 
 
 class Prefetch:

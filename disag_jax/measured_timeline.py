@@ -18,7 +18,7 @@ import numpy as np
 
 from disag_jax import trace
 from disag_jax.errors import RunError
-from disag_jax.planner import pictures, timeline
+from disag_jax.planner import timeline
 from disag_jax.planner.prediction import Prediction
 from disag_jax.planner.timeline import BEFORE_LOOP, WAIT, Span, loss_name, unit_name
 from disag_jax.schedule import Schedule
@@ -36,6 +36,7 @@ INNER = re.compile(r"/(cond|while)(/|$)")
 UNIT = re.compile(r"/(?:attention|expert)_(forward|backward)(?:/|$)")
 LOSS = re.compile(r"/loss(?:/|$)")
 TRANSFER = re.compile(r"/(?:m2n|all_to_all)_(forward|backward)(?:/|$)")
+GRAPH = "command_buffer"
 UNITS = ("forward", "backward", "loss")
 IN_LOOP = (*UNITS, "transfer")
 # What it is called, and the period that it is in: before the first, or from the last on.
@@ -65,6 +66,22 @@ def scopes(program_text: str) -> dict[str, str]:
     """The name in the code of each operation of a compiled program in text form."""
     found = (INSTRUCTION.match(line) for line in program_text.splitlines())
     return {one.group(1): one.group(2) for one in found if one}
+
+
+def graph_scopes(ran: trace.Operations, names: dict[str, str]) -> dict[str, str]:
+    """The name in the code of each CUDA graph of a trace: what most of its kernels' time is for.
+
+    XLA puts a phase's unit into one graph, and names kernels after operations; equal ones of
+    several units share a kernel, so a single kernel says nothing.
+    """
+    by_kernel = {re.sub(r"[.-]", "_", name): scope for name, scope in names.items()}
+    seconds = collections.defaultdict(collections.Counter)
+    for one in (one for operations in ran.by_device.values() for one in operations):
+        scope = by_kernel.get(one.kernel, "")
+        part = UNIT.search(scope) or LOSS.search(scope)
+        if one.name.startswith(GRAPH) and part:
+            seconds[one.name][scope[: part.end()]] += one.end - one.begin
+    return {graph: parts.most_common(1)[0][0] for graph, parts in seconds.items()}
 
 
 def last_step(ran: trace.Operations, names: dict[str, str], schedule: Schedule) -> Traced:
@@ -243,8 +260,9 @@ def measured(directory, program_text: str, schedule: Schedule, meshes: Meshes) -
 
     ConfigError where there is no trace, RunError where it is not one of this program.
     """
-    names = scopes(program_text)
-    traced = last_step(trace.operations(directory), names, schedule)
+    names, ran = scopes(program_text), trace.operations(directory)
+    names |= graph_scopes(ran, names)
+    traced = last_step(ran, names, schedule)
     return spans(traced, names, schedule, workers_here(meshes))
 
 
@@ -254,6 +272,9 @@ def write(directory: pathlib.Path, stepper: Stepper, prediction: Prediction | No
     Beside the predicted one of the same step, if given. Returns the paths; raises as `measured`,
     and ConfigError where a file cannot be written.
     """
+    # Few runs draw, and what draws takes most of a second to import.
+    from disag_jax.planner import pictures
+
     text = stepper.compiled_program(stepper.chooser.current).as_text()
     sources = {"measured": measured(directory, text, stepper.schedule, stepper.meshes)}
     if prediction is not None:

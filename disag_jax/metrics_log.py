@@ -25,6 +25,7 @@ class MetricsLog:
         self._lines = lines
         self._events = None
         if jax.process_index() == 0:
+            lines.touch()
             _cut_unfinished_line(lines)
             events.mkdir(parents=True, exist_ok=True)
             # Not tensorboardX's own writer: its thread ends with a disk's first error, and whoever
@@ -66,9 +67,9 @@ def scalars(record: dict) -> dict[str, float]:
 
 
 def _append(path: pathlib.Path, line: str):
-    """Appends a whole line or nothing."""
-    with open(path, "ab", buffering=0) as file:
-        size = file.tell()
+    """Appends a whole line or nothing; where the file has vanished it is not made again."""
+    with open(path, "r+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
         try:
             # A disk that fills up takes a part and fails at the rest.
             left = memoryview(line.encode())
@@ -81,6 +82,4 @@ def _append(path: pathlib.Path, line: str):
 
 def _cut_unfinished_line(path: pathlib.Path):
     """Removes the part of a line that a killed run left, which would spoil the next one."""
-    if path.exists():
-        text = path.read_bytes()
-        os.truncate(path, text.rfind(b"\n") + 1)
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -188,10 +188,10 @@ def check_same_config(config: Config):
     _check_same([*_flatten("config", dataclasses.asdict(config)), ("the code", _code())])
 
 
-def check_same_text(digest: str):
-    """Raises ConfigError on every process if the `Batches.digest` of their data differ."""
+def check_same_data(**digests: str):
+    """Raises ConfigError on every process if a `Batches.digest` of their data differs."""
     if jax.process_count() > 1:
-        _check_same([("the first batch read from data", f"digest {digest}")])
+        _check_same((f"data: the checksum of {name}", value) for name, value in digests.items())
 
 
 def check_same_workdir(directory: Workdir):

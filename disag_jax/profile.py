@@ -51,7 +51,7 @@ def profile(config: Config, out: str, say=print) -> Hardware:
     points = {unit: [] for unit in UNITS}
     labels, shapes = zip(*variants(shape), strict=True)
     say(f"phases, alone and beside transfers: {'; '.join(labels)}")
-    measured, slowdowns = bench_phases.measure(shapes, meshes)
+    measured, lost = bench_phases.measure(shapes, meshes)
     for label, variant, times in zip(labels, shapes, measured, strict=True):
         work = unit_work(Sizes(variant, times.bucket, 1.0), times.pairs)
         for unit in UNITS:
@@ -92,7 +92,7 @@ def profile(config: Config, out: str, say=print) -> Hardware:
         intra_node=fit_link(points),
         inter_node=None,
         unit_fits=fit_units(points, rates.flops / 1e12),
-        slowdown_beside_transfers=slowdowns,
+        lost_beside_transfers=lost,
         update_milliseconds_per_gigaparameter=fit_update(points),
     )
     _write(pathlib.Path(out), dataclasses.asdict(hardware))
@@ -199,8 +199,8 @@ def summary(hardware: Hardware) -> str:
             f"{fit.milliseconds_per_score_tflop:8.3f} ms/TFLOP of scores"
             f"{fit.milliseconds_per_gigabyte:8.3f} ms/GB   R^2 {fit.r_squared:.4f}"
         )
-    beside = [f"{unit} {x:.3f}" for unit, x in hardware.slowdown_beside_transfers.items()]
-    lines.append(f"slower beside transfers: {', '.join(beside) or 'no transfer is short enough'}")
+    lost = [f"{unit} {x:.2f} s/s" for unit, x in hardware.lost_beside_transfers.items()]
+    lines.append(f"lost beside transfers: {', '.join(lost) or 'none ran beside a phase'}")
     for field in dataclasses.fields(Link):
         transfer: Transfer = getattr(hardware.intra_node, field.name)
         lines.append(

@@ -58,12 +58,16 @@ class Profiler:
     are named by their host alone. Tracing slows its steps down.
     """
 
-    def __init__(self, directory: pathlib.Path, steps: range | None, then=None):
-        """then: called with the directory when a trace has been written into it."""
+    def __init__(self, directory: pathlib.Path, steps: range | None, then=None, say=print):
+        """
+        Args:
+          then: called with the directory when a trace has been written into it.
+          say: takes a sentence when one could not be written, which is no reason to lose a run.
+        """
         several = jax.process_count() > 1
         self._directory = directory / f"process_{jax.process_index()}" if several else directory
         self._steps = steps or range(0)
-        self._is_tracing, self._then = False, then
+        self._is_tracing, self._then, self._say = False, then, say
 
     def before_step(self, state: TrainState) -> bool:
         """Starts or ends the trace if `state.step` is the step to do so at; whether it did."""
@@ -87,6 +91,10 @@ class Profiler:
         if not self._is_tracing:
             return
         self._is_tracing = False
-        jax.profiler.stop_trace()
+        try:
+            jax.profiler.stop_trace()
+        except (OSError, jax.errors.JaxRuntimeError) as error:
+            self._say(f"warning: the trace in {self._directory} is lost: {error}")
+            return
         if self._then is not None:
             self._then(self._directory)

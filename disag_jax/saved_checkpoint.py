@@ -23,6 +23,8 @@ ARRAYS = "arrays"
 
 # Orbax's name of a checkpoint's metadata.
 METADATA = "_CHECKPOINT_METADATA"
+# What is still being written has a longer name.
+STEP_NAME = re.compile(r"0|[1-9]\d*", re.ASCII)
 # A leaf's name is its directory: none leads out of the checkpoint.
 LEAF_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 LEAF_TYPE = re.compile(
@@ -106,8 +108,9 @@ class SavedCheckpoint:
 def saved_steps(directory) -> list[int]:
     """The steps that have a checkpoint in a directory of checkpoints, which need not be there."""
     paths = pathlib.Path(directory).glob("*")
-    # What is still being written has a longer name.
-    return sorted(int(path.name) for path in paths if path.name.isdecimal() and path.is_dir())
+    return sorted(
+        int(path.name) for path in paths if STEP_NAME.fullmatch(path.name) and path.is_dir()
+    )
 
 
 def existing_step(directory: str, steps: list[int], step: int | None) -> int:
@@ -146,6 +149,9 @@ def read_metadata(directory: str, step: int) -> Metadata:
         # Checkpoints of before there was a checksum have none.
         if custom.get("checksum") not in (None, checksum(leaves, extra)):
             raise ValueError("its metadata must have the checksum that it names")
+        # A copy under another name would go on with other data. Older ones have no such field.
+        if custom.get("step", step) != step:
+            raise ValueError(f"its metadata must say step {step}, not {custom['step']!r}")
         for name, text in leaves.items():
             if not LEAF_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} must be a name of an array")

@@ -85,7 +85,7 @@ class Stepper:
     def __init__(self, config: Config, meshes: Meshes):
         self.config, self.meshes = config, meshes
         self.manager = StateManager(config, meshes)
-        self.learning_rate = optimizer_lib.learning_rate(config)
+        self.learning_rates = optimizer_lib.learning_rates(config)
         self.schedule = schedule_of(config)
         check(self.schedule)
         self._forward_schedule = schedule_of(config, make_forward_schedule)
@@ -121,7 +121,7 @@ class Stepper:
             counts = count_non_finite(self.config, self.meshes, *self._gradients)
             state = dataclasses.replace(state, step=state.step + 1)
             return state, metrics | {"skipped": True, "non_finite": counts}
-        rate = float(self.learning_rate(state.step))
+        rate = float(self.learning_rates[min(state.step, len(self.learning_rates) - 1)])
         factor = optimizer_lib.clip_factor(self.config, norm)
         with watch("update"):
             state = self.manager.update(state, *self._gradients, router_bias, factor, rate)

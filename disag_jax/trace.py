@@ -46,12 +46,16 @@ class DeviceTime(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One execution of an operation of a compiled program, in nanoseconds."""
+    """One execution of an operation of a compiled program, in nanoseconds.
+
+    A kernel of a CUDA graph has the graph's name: which operation it belongs to is not recorded.
+    """
 
     program: str
     name: str
     begin: float
     end: float
+    kernel: str = ""
 
 
 class Operations(NamedTuple):
@@ -97,21 +101,34 @@ def operations(directory) -> Operations:
 def _add_operation(ran: list[Operation], event, stats: dict):
     if "hlo_op" in stats and "hlo_module" in stats:
         end = event.start_ns + event.duration_ns
-        ran.append(Operation(stats["hlo_module"], stats["hlo_op"], event.start_ns, end))
+        ran.append(Operation(stats["hlo_module"], stats["hlo_op"], event.start_ns, end, event.name))
 
 
 def device_times(directory) -> dict[str, DeviceTime]:
     """The times of each GPU in the traces under a directory; ConfigError if there are none."""
     spans = collections.defaultdict(lambda: ([], []))
+    for device, kernel, begin, end in kernels(directory):
+        is_communication = COMMUNICATION.search(kernel) is not None
+        spans[device][is_communication].append((begin, end))
+    return {name: device_time(*parts) for name, parts in sorted(spans.items())}
+
+
+def kernels(directory) -> list[tuple[str, str, float, float]]:
+    """(device, kernel or copy, begin, end) in nanoseconds of all that ran on GPUs, in any order.
+
+    Of all traces under a directory; ConfigError if there are none.
+    """
+    found = []
     for path in sorted(pathlib.Path(directory).rglob("*.xplane.pb")):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            if GPU.match(plane.name):
-                for line in plane.lines:
-                    if STREAM.match(line.name):
-                        _sort_events(line.events, *spans[plane.name])
-    if not spans:
+            lines = plane.lines if GPU.match(plane.name) else ()
+            for line in (line for line in lines if STREAM.match(line.name)):
+                for event in line.events:
+                    end = event.start_ns + event.duration_ns
+                    found.append((plane.name, event.name, event.start_ns, end))
+    if not found:
         raise ConfigError(f"{directory} must hold the trace of a GPU")
-    return {name: device_time(*parts) for name, parts in sorted(spans.items())}
+    return found
 
 
 def device_time(compute, communication) -> DeviceTime:
@@ -125,12 +142,6 @@ def device_time(compute, communication) -> DeviceTime:
         communication=_covered(communication) / 1e9,
         exposed=(busy - computing) / 1e9,
     )
-
-
-def _sort_events(events, compute: list, communication: list):
-    for event in events:
-        span = (event.start_ns, event.start_ns + event.duration_ns)
-        (communication if COMMUNICATION.search(event.name) else compute).append(span)
 
 
 def _covered(spans) -> float:

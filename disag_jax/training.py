@@ -80,8 +80,8 @@ def _train(
     )
     watchdog.at("reading the data")
     inputs = processes.on_each(lambda: load_inputs(config))
-    digest = processes.on_each(inputs.train.digest)
-    processes.check_same_text(digest)
+    digest, held_out = processes.on_each(lambda: (inputs.train.digest(), inputs.held_out.digest()))
+    processes.check_same_data(training=digest, held_out=held_out)
     directory = Workdir(workdir)
     processes.on_first(lambda: directory.open(config, resume=resume, data_digest=digest))
     processes.check_same_workdir(directory)
@@ -123,7 +123,7 @@ def _train(
         MetricsLog(directory.metrics, directory.tensorboard, next_step=state.step + 1),
         checkpoints,
         watchdog,
-        Profiler(directory.profile, profile_steps, draw_trace),
+        Profiler(directory.profile, profile_steps, draw_trace, display.say),
     )
     try:
         outputs.display.say(startup_report.start_up(stepper, inputs.description))
@@ -134,13 +134,13 @@ def _train(
         ):
             stragglers = Stragglers(config, meshes, prediction and prediction.step_seconds)
             state = _loop(stepper, state, batches, inputs, outputs, stragglers, stop, watchdog)
-        result = None
-        if state.step == config.run.num_steps:
-            watchdog.at("the last evaluation")
-            result = _evaluate(stepper, state, inputs, outputs)
-        watchdog.at("the last checkpoint")
-        outputs.finish(state.step)
-        if result is None:
+            result, is_complete = None, state.step == config.run.num_steps
+            if is_complete and config.run.eval_batches:
+                watchdog.at("the last evaluation")
+                result = _evaluate(stepper, state, inputs, outputs)
+            watchdog.at("the last checkpoint")
+            outputs.finish(state.step)
+        if not is_complete:
             outputs.display.say(startup_report.stopped(state.step))
         return result
     finally:
@@ -199,7 +199,7 @@ def _loop(
 ) -> TrainState:
     """Trains until the last step, or until told to stop; returns the state then."""
     run = stepper.config.run
-    skipped = SkippedSteps(run.max_skipped_steps)
+    skipped, checkpoint_is_due = SkippedSteps(run.max_skipped_steps), False
     meter, began = StepMeter(stepper.config, stepper.meshes), time.perf_counter()
     while state.step < run.num_steps:
         if outputs.profiler.before_step(state):
@@ -230,12 +230,14 @@ def _loop(
             outputs.record(record, warnings)
             outputs.settle(state.step)
         saves = stopping or run.checkpoint_every > 0
-        if _due(state.step, run.checkpoint_every) or (last and saves):
+        checkpoint_is_due |= _due(state.step, run.checkpoint_every)
+        # A state whose steps are skipped may be one to go back from: no older one makes way for it.
+        if (checkpoint_is_due and not metrics["skipped"]) or (last and saves):
             outputs.save(state, stepper.chooser.memory)
-            began = time.perf_counter()
+            checkpoint_is_due, began = False, time.perf_counter()
         if stopping:
             break
-        if _due(state.step, run.eval_every) and not last:
+        if run.eval_batches and _due(state.step, run.eval_every) and not last:
             watchdog.at(f"the evaluation after step {state.step}")
             _evaluate(stepper, state, inputs, outputs)
             began = time.perf_counter()

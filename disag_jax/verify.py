@@ -33,7 +33,7 @@ def verify_resume(config: Config, directory: pathlib.Path, num_steps: int, *flag
     RunError if a bit differs. `flags` are more of `train.py`, such as "--cpu_devices=8".
     """
     config = copy.deepcopy(config)
-    config.run = dataclasses.replace(config.run, log_every=1, eval_every=0, checkpoint_every=0)
+    config.run = dataclasses.replace(config.run, log_every=1, eval_batches=0, checkpoint_every=0)
     whole, halves = directory / "whole", directory / "halves"
     _train(config, whole, f"--stop_after={num_steps}", *flags)
     _train(config, halves, f"--stop_after={num_steps // 2}", *flags)
@@ -44,12 +44,13 @@ def verify_resume(config: Config, directory: pathlib.Path, num_steps: int, *flag
 def compare(whole: pathlib.Path, halves: pathlib.Path, num_steps: int) -> str:
     """Compares the runs of two workdirs up to a step, as `verify_resume` does."""
     records = [read_records(Workdir(str(path)).metrics)[0] for path in (whole, halves)]
+    steps = [[record["step"] for record in of_run] for of_run in records]
+    if not steps[0] == steps[1] == list(range(1, num_steps + 1)):
+        raise RunError(f"{whole} and {halves} must have logged the steps 1 to {num_steps}")
     for first, second in zip(*records, strict=True):
         for field in first.keys() | second.keys():
             if field not in SPEED and not field.endswith("_seconds"):
                 _require_equal(first.get(field), second.get(field), first["step"], field)
-    if len(records[0]) != num_steps:
-        raise RunError(f"{whole} must have logged {num_steps} steps, not {len(records[0])}")
     saved = [SavedCheckpoint.open(path / "checkpoints", num_steps) for path in (whole, halves)]
     for name in saved[0].leaves:
         first, second = (checkpoint.read(name).tobytes() for checkpoint in saved)

@@ -24,6 +24,8 @@ from disag_jax.signs import DONE, RUNNING, Sign
 
 # Signs of life per timeout, and the longest time between two, in seconds.
 SIGNS_PER_TIMEOUT, LONGEST_INTERVAL = 10, 5.0
+# Signs of life from the end of a timeout until the slowest process has ended on the verdict.
+SIGNS_UNTIL_ALL_END = 8
 # Within this many seconds all processes fail that fail for the same reason.
 GRACE = 4.0
 SHOW_CURSOR = "\x1b[?25h"
@@ -98,7 +100,8 @@ class Watchdog:
             elif self._status == RUNNING:
                 if self._verdict:
                     self._end(self._verdict)
-                if now - self._heard[0] > self._timeout and self._me:
+                # One that is done waits for the others without a sign.
+                if self._me and self._is_silent(0, now) and self._others[0].status != DONE:
                     self._end(_lost(0))
                 if now - self._moved > self._stall_timeout:
                     self._end(self._stalled())
@@ -125,11 +128,14 @@ class Watchdog:
             if sign != self._others[process]:
                 self._others[process], self._heard[process] = sign, time.monotonic()
 
+    def _is_silent(self, process: int, now: float) -> bool:
+        return now - self._heard[process] > self._timeout
+
     def _judge(self) -> str:
         """Which process is lost or has failed alone, in words; empty if none."""
         now = time.monotonic()
         for process, sign in self._others.items():
-            if sign.status == RUNNING and now - self._heard[process] > self._timeout:
+            if sign.status == RUNNING and self._is_silent(process, now):
                 return _lost(process)
             if sign.has_failed and now - self._failed_at.setdefault(process, now) > GRACE:
                 return f"process {process} failed: {sign.status}"
@@ -137,15 +143,13 @@ class Watchdog:
 
     def _leave(self, error: BaseException | None):
         """Tells the others that this process goes; ends it here if it goes alone."""
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if _may_be_of_another(error):
             # A lost process breaks connections before it is known to be lost. Its name is worth
             # the wait, in which `_watch` ends this process.
-            seconds = self._timeout + 5 * self._interval
-            print(
+            seconds = self._timeout + SIGNS_UNTIL_ALL_END * self._interval
+            _print(
                 f"process {self._me}: {processes.describe(error)} (for {seconds:.0f} s at most it "
-                "looks whether another process is lost)",
-                file=sys.stderr,
-                flush=True,
+                "looks whether another process is lost)"
             )
             self._stopped.wait(seconds)
         self._status = processes.describe(error) if error else DONE
@@ -171,12 +175,27 @@ class Watchdog:
     def _end(self, sentence: str):
         """Ends this process at once: nothing that waits for another one is waited for."""
         cursor = SHOW_CURSOR if sys.stderr.isatty() else ""
-        print(f"{cursor}error: {sentence}; {self._checkpoint}", file=sys.stderr, flush=True)
+        _print(f"{cursor}error: {sentence}; {self._checkpoint}")
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         if self._several:
             self._last_words.close()
         os._exit(RUN_ERROR)
+
+
+def _may_be_of_another(error: BaseException | None) -> bool:
+    """Whether a lost process may have caused an error: a program that failed with its connections.
+
+    JAX raises a ValueError where the program ran while it was called.
+    """
+    is_of_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    return is_of_jax and not isinstance(error, ConfigError)
+
+
+def _print(sentence: str):
+    # Where the disk with the log is full, the process ends all the same.
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def _lost(process: int) -> str:

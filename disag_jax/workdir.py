@@ -68,7 +68,7 @@ class Workdir:
         """Makes the directory that of a run of `config`, when nothing can refuse it any more."""
         try:
             write_json(self.config, dataclasses.asdict(config))
-            write_json(self.data, {"first_batch": data_digest})
+            write_json(self.data, {"checksum": data_digest})
         except OSError as error:
             raise _unwritable(str(self.path), error) from error
 
@@ -81,7 +81,7 @@ class Workdir:
                 f"workdir = {str(self.path)!r} must hold a run, but its config.json cannot be "
                 f"read: {error.strerror}"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self.config}: {error}") from error
 
     def _check_same_run(self, now: Config):
@@ -103,13 +103,13 @@ class Workdir:
 
     def _check_same_data(self, digest: str | None):
         try:
-            before = json.loads(self.data.read_text())["first_batch"]
-        except (OSError, ValueError, KeyError, TypeError):
+            before = json.loads(self.data.read_text())["checksum"]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
             return  # of a run before there was such a file
         if None not in (before, digest) and before != digest:
             raise ConfigError(
                 f"data (paths, sources, weights) must be that of the run that workdir "
-                f"{str(self.path)!r} holds: its first batch had the checksum {before}, not {digest}"
+                f"{str(self.path)!r} holds, with the checksum {before}, not {digest}"
             )
 
 

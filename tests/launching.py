@@ -22,7 +22,7 @@ def get_config():
     config.data.paths = ({text!r},)
     config.run.compute_dtype = Dtype.FLOAT64
     config.run.num_steps, config.run.log_every = 4, 1
-    config.run.eval_every, config.run.eval_batches, config.run.checkpoint_every = 0, 1, 2
+    config.run.eval_batches, config.run.checkpoint_every = 0, 2
     config.run.start_timeout_seconds = 60
     return config
 """
@@ -46,7 +46,7 @@ def write_config(directory: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def start(config_file, workdir, devices, *arguments, script="train.py"):
+def start(config_file, workdir, devices, *arguments, script="train.py", environment=()):
     command = [
         sys.executable,
         script,
@@ -55,11 +55,11 @@ def start(config_file, workdir, devices, *arguments, script="train.py"):
         f"--cpu_devices={devices}",
         *arguments,
     ]
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    inherited = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,
-        env=environment,
+        env=inherited | dict(environment),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -85,8 +85,13 @@ PAIR = (
 )
 
 
-def start_all(config_file, workdir, num_processes, *arguments, devices=8, script="train.py"):
-    """Starts the processes of one run, which share the devices evenly."""
+def start_all(
+    config_file, workdir, num_processes, *arguments, devices=8, script="train.py", environments=None
+):
+    """Starts the processes of one run, which share the devices evenly.
+
+    devices: simulated ones; 0 where each process has GPUs that its variables of `environments` say.
+    """
     port = free_port()
     joined = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}")
     return [
@@ -98,6 +103,7 @@ def start_all(config_file, workdir, num_processes, *arguments, devices=8, script
             *(joined if num_processes > 1 else ()),
             *((f"--process_id={process}",) if num_processes > 1 else ()),
             script=script,
+            environment=environments[process] if environments else (),
         )
         for process in range(num_processes)
     ]
@@ -113,9 +119,9 @@ def wait_for_step(workdir, step, running, timeout_seconds=TIMEOUT_SECONDS):
         time.sleep(0.05)
 
 
-def launch(config_file, workdir, num_processes, *arguments, devices=8):
-    """Runs all processes to their end and returns the first one's records."""
-    running = start_all(config_file, workdir, num_processes, *arguments, devices=devices)
+def launch(config_file, workdir, num_processes, *arguments, **options):
+    """Runs all processes, as `start_all`, to their end; returns the first one's records."""
+    running = start_all(config_file, workdir, num_processes, *arguments, **options)
     for out, error, code in finish(running):
         assert code == 0, (out[-2000:], error[-4000:])
     return read_records(workdir)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from disag_jax import batches
 from disag_jax.batches import Batches, Source
 from disag_jax.config import ConfigError, SplitConfig
 from layers.head import NO_LABEL
@@ -235,3 +236,26 @@ def test_id_outside_the_vocabulary(dtype, bad):
         Source("data.sources = 'a.bin'", tokens, first=1000), 4, 5,
         shuffle=False, vocab_size=200,
     )  # fmt: skip
+
+
+def test_the_digest_tells_data_apart(monkeypatch):
+    def digest(*tokens, seed=0, **kwargs):
+        sources = [Source("a text", array) for array in tokens]
+        return Batches(sources, 4, 3, seed=seed, vocab_size=10**6, **kwargs).digest()
+
+    first, second = np.arange(10**5), np.arange(50)
+    changed = np.concatenate([first[:-1], [7]])
+    found = {
+        "the data": digest(first, second, weights=(1, 3)),
+        "a token": digest(changed, second, weights=(1, 3)),
+        "length": digest(first[:-1], second, weights=(1, 3)),
+        "order": digest(second, first, weights=(1, 3)),
+        "weights": digest(first, second, weights=(1, 3.001)),
+        "seed": digest(first, second, weights=(1, 3), seed=1),
+        "documents": digest(first, second, weights=(1, 3), across_documents=False),
+    }
+    assert len(set(found.values())) == len(found), found
+    assert found["the data"] == digest(first.copy(), second, weights=(2, 6))
+    # As large files are read: the ends, and as much between them as there is time for.
+    monkeypatch.setattr(batches, "DIGEST_TOKENS", 4 * batches.DIGEST_PIECE)
+    assert digest(first, second) != digest(changed, second)

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import shutil
 import threading
 
 import jax
@@ -241,6 +242,9 @@ def test_a_failed_write_is_reported_and_leaves_the_others(small, tmp_path, monke
         with pytest.raises(SaveFailedError, match=r"of step 2 could not be saved: disk full"):
             checkpoints.wait()
     assert checkpoints.steps() == [1]
+    assert len(list(tmp_path.iterdir())) == 2
+    checkpoints._check_writable()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"], "its space is free again"
     save_steps(checkpoints, state, [3])
     assert checkpoints.steps() == [3]
     assert [path.name for path in tmp_path.iterdir()] == ["3"], "the broken one is cleaned up"
@@ -252,6 +256,23 @@ def test_no_checkpoint(small, tmp_path):
         Checkpoints(tmp_path, small[0]).restore()
     with pytest.raises(ConfigError, match="none must hold a checkpoint"):
         SavedCheckpoint.open(tmp_path / "none")
+
+
+def test_directories_of_other_names_are_no_checkpoints(small, tmp_path):
+    manager, state = small
+    save_steps(first := Checkpoints(tmp_path, manager), state, [3])
+    first.close()
+    for name in ("-5", "3 copy", "04", "4.orbax-checkpoint-tmp", "\N{ARABIC-INDIC DIGIT NINE}"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "7").write_text("a file")
+    shutil.copytree(tmp_path / "3", tmp_path / "6")
+    again = Checkpoints(tmp_path, manager)
+    restored, _ = again.restore()
+    assert restored.step == 3
+    (copy,) = again.damage
+    assert copy.endswith("cannot be read: its metadata must say step 6, not 3")
+    save_steps(again, restored, [4])
+    assert again.steps() == [3, 4]
 
 
 def test_one_is_always_kept(small, tmp_path):

@@ -55,6 +55,37 @@ def test_candidates_keep_the_step():
     assert compare.candidates(config, ()) == [config]
 
 
+class FakeRunner:
+    """Runs that take as long per token as told, or fail, by their names."""
+
+    def __init__(self, speeds: dict[str, float | None]):
+        self.speeds = speeds
+
+    def run(self, config, name, num_steps):
+        if self.speeds[name] is None:
+            raise RunError(f"{name}: no memory")
+        found = measurement([1.0] * num_steps)
+        return dataclasses.replace(found, split=name, tokens_per_second=self.speeds[name])
+
+
+def test_each_placement_is_measured_at_its_fastest_size(capsys):
+    config = balanced.get_config()
+    twin = compare.twin_of(config)
+    speeds = {
+        "disaggregated_8192": 3.0, "disaggregated_16384": 2.0,
+        "colocated_8192": 1.0, "colocated_16384": None,
+    }  # fmt: skip
+    found = compare.compare(config, FakeRunner(speeds), 6, (8192, 16_384), twin)
+    assert [m.split for m in found] == ["disaggregated_8192", "colocated_8192"]
+    printed = capsys.readouterr().out
+    assert "disaggregated_16384: 2 tokens/s" in printed and "no memory" in printed
+    speeds["colocated_8192"] = None
+    with pytest.raises(RunError, match=r"colocated: no micro-batch size of \(8192, 16384\)"):
+        compare.compare(config, FakeRunner(speeds), 6, (8192, 16_384), twin)
+    with pytest.raises(RunError, match="disaggregated: no memory"):
+        compare.compare(config, FakeRunner({"disaggregated": None}), 6, (), twin)
+
+
 @pytest.fixture(scope="module")
 def small_file(tmp_path_factory):
     directory = tmp_path_factory.mktemp("compare")
@@ -124,7 +155,7 @@ def test_bad_input(tmp_path, change, steps, message):
 def test_a_failed_run_is_told_in_its_own_words(small_file, tmp_path):
     runner = compare.Runner(tmp_path, cpu_devices=3, network="default")
     with pytest.raises(RunError, match=r"one: error: split = 4 devices .* must equal the 3 cpu"):
-        runner.run(small_file, "one", 6, traced=False)
+        runner.run(small_file, "one", 6)
 
 
 def test_ncclog_decides_whether_sockets_were_used(tmp_path):

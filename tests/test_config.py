@@ -57,7 +57,7 @@ POSITIVE = [
     *fields("split", "forward_chunks backward_chunks"),
     *fields("batch", "sequence_length tokens_per_worker micro_batches"),
     *fields("optimizer", "peak_learning_rate eps max_grad_norm"),
-    *fields("run", "num_steps loss_chunk log_every eval_batches keep_checkpoints"),
+    *fields("run", "num_steps loss_chunk log_every keep_checkpoints"),
     *fields("run", "start_timeout_seconds heartbeat_timeout_seconds stall_timeout_seconds"),
     *fields("run", "max_skipped_steps max_failed_checkpoints"),
 ]
@@ -73,7 +73,7 @@ NOT_NEGATIVE = [
     *fields("model", "num_shared_experts balance_loss_weight z_loss_weight bias_update_rate"),
     *fields("data", "prefetch_steps"),
     *fields("optimizer", "final_learning_rate warmup_steps weight_decay"),
-    *fields("run", "seed eval_every checkpoint_every keep_checkpoint_every"),
+    *fields("run", "seed eval_every eval_batches checkpoint_every keep_checkpoint_every"),
 ]
 
 

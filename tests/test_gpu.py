@@ -44,7 +44,7 @@ from layers.grouped_matmul import (
     tile_rows,
 )
 from mesh.placement import Meshes
-from tests import reference, support
+from tests import launching, reference, support
 from tests.test_compiled import COPY, loop_buffers
 
 pytestmark = pytest.mark.gpu
@@ -286,6 +286,26 @@ def test_twenty_steps_learn_real_text(split):
         state, metrics = stepper.train_step(state, stepper.read_batch(batches, step))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 1, losses
+
+
+def test_a_process_for_each_gpu_trains_like_one_for_both(tmp_path):
+    needs(PAIR)
+    config_file = launching.write_config(tmp_path)
+    dtype = "--config.run.compute_dtype=float32"
+
+    def losses(*gpus):
+        environments = [
+            {"CUDA_VISIBLE_DEVICES": gpu, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} for gpu in gpus
+        ]
+        records = launching.launch(
+            config_file, tmp_path / f"{len(gpus)}", len(gpus), *launching.PAIR, dtype,
+            devices=0, environments=environments,
+        )  # fmt: skip
+        return launching.losses(records)
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:2]
+    one, two = losses(",".join(visible)), losses(*visible)
+    assert len(one) == 4 and two == pytest.approx(one, rel=1e-4)
 
 
 def test_equal_runs_are_bitwise_equal_if_asked():

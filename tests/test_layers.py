@@ -382,6 +382,15 @@ def head_inputs():
     return params, normal(TOKENS, WIDTH), label
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_logsumexp_in_one_pass(scale):
+    x = scale * jax.random.normal(jax.random.key(0), (5, 77), jnp.float64)
+    x = x.at[0].set(-1e300).at[1, 3].set(-jnp.inf)
+    np.testing.assert_allclose(head.one_pass_logsumexp(x), jax.nn.logsumexp(x, axis=-1), rtol=1e-14)
+    bad = jnp.array([[1.0, jnp.nan, 2.0], [1.0, jnp.inf, 2.0]])
+    assert not np.isfinite(head.one_pass_logsumexp(bad)).any()
+
+
 def naive_cross_entropy(params, h, label):
     x = h / jnp.sqrt(jnp.mean(h**2, axis=1, keepdims=True) + EPS) * params.final_norm
     probability = jax.nn.softmax(x @ params.head.T)

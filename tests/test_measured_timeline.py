@@ -156,6 +156,36 @@ def test_every_span_has_its_name_and_time(config, num_runs):
         assert span.kind == twin.kind and span.end == pytest.approx(twin.end, abs=1e-12)
 
 
+def test_units_in_cuda_graphs_are_found_by_most_of_their_kernels(config):
+    made = HandMade(config)
+    expected, _ = spans_of(made)
+    shared = f"shared.{len(made.names)}"
+    made.names[shared] = next(s for s in made.names.values() if "_forward/x" in s and "/cond" in s)
+    scopes, graphs = dict(made.names), {}
+
+    def in_a_graph(one):
+        scope = made.names.get(one.name, "")
+        if "/cond/branch" not in scope:
+            return [one]
+        # One graph for each unit of each loop, whose kernels have operations' names; a short one
+        # is another unit's too.
+        graph = graphs.setdefault(scope, f"command_buffer_{len(graphs)}")
+        kernel = one.name.replace(".", "_").replace("-", "_")
+        short = Operation(PIPELINE, graph, one.begin, one.begin + 1, shared.replace(".", "_"))
+        return [one._replace(name=graph, kernel=kernel), short]
+
+    made.by_device = {
+        device: [part for one in operations for part in in_a_graph(one)]
+        for device, operations in made.by_device.items()
+    }
+    found = measured_timeline.graph_scopes(made.operations(), scopes)
+    assert len(graphs) > 2
+    assert all(scope.startswith(found[graph]) for scope, graph in graphs.items())
+    made.names = {name: s for name, s in scopes.items() if "/cond/branch" not in s} | found
+    key = dataclasses.astuple
+    assert sorted(spans_of(made)[0], key=key) == sorted(expected, key=key)
+
+
 def test_waits_fill_what_is_between_units(config):
     made = HandMade(config)
     found, _ = spans_of(made)

@@ -74,3 +74,17 @@ def test_a_line_that_does_not_fit_the_disk_is_not_begun(paths):
     log.write({"step": 3})
     log.close()
     assert [json.loads(line)["step"] for line in paths[0].read_text().splitlines()] == [1, 3]
+
+
+def test_a_log_that_vanished_is_not_begun_again(paths):
+    """Where it lay may be the empty mount point of a disk that is away."""
+    log = metrics_log.MetricsLog(*paths, next_step=1)
+    log.write({"step": 1})
+    away = paths[0].rename(paths[0].with_name("away"))
+    with pytest.raises(FileNotFoundError):
+        log.write({"step": 2})
+    assert not paths[0].exists()
+    away.rename(paths[0])
+    log.write({"step": 3})
+    log.close()
+    assert paths[0].read_text() == '{"step": 1}\n{"step": 3}\n'

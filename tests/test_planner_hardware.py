@@ -73,7 +73,7 @@ def test_missing_fields_are_named(record):
     for name in record:
         less = copy.deepcopy(record)
         del less[name]
-        if name in ("slowdown_beside_transfers", "update_milliseconds_per_gigaparameter"):
+        if name in ("lost_beside_transfers", "update_milliseconds_per_gigaparameter"):
             hardware.read(less, "h800")
             continue
         with pytest.raises(ConfigError, match=f"hardware h800: {name} = None must be given"):
@@ -85,8 +85,8 @@ def test_an_unknown_unit_is_refused(record):
     record["unit_fits"] = {"mlp": fit}
     with pytest.raises(ConfigError, match="'mlp' must be of the units attention_forward"):
         hardware.read(record, "h800")
-    record |= {"unit_fits": {}, "slowdown_beside_transfers": {"mlp": 1.1}}
-    with pytest.raises(ConfigError, match="slowdown_beside_transfers = 'mlp' must be of the units"):
+    record |= {"unit_fits": {}, "lost_beside_transfers": {"mlp": 1.1}}
+    with pytest.raises(ConfigError, match="lost_beside_transfers = 'mlp' must be of the units"):
         hardware.read(record, "h800")
 
 

@@ -11,7 +11,7 @@ from disag_jax import training
 from disag_jax.config import ConfigError
 from disag_jax.saved_checkpoint import saved_steps
 from disag_jax.step import Stepper
-from tests import launching
+from tests import launching, support
 from tests.launching import PAIR, TIMEOUT_SECONDS, finish, read_records
 
 # From SIGTERM to the end: a second until all know of it, some steps, and the save. It takes about
@@ -45,6 +45,20 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(config_file, tmp
     more = (*endless, "--resume", f"--stop_after={step + 2}")
     again = launching.launch(config_file, workdir, 2, *more, devices=2)[len(first) :]
     assert [record["step"] for record in again if "loss" in record] == [step + 1, step + 2]
+
+
+def test_sigterm_after_the_last_step_does_not_lose_it(small_run, monkeypatch):
+    config, workdir = small_run
+    support.make_plain(config)
+    config.run.num_steps, config.run.eval_every, evaluate = 2, 0, Stepper.evaluate
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+
+    monkeypatch.setattr(Stepper, "evaluate", signalled)
+    assert training.train(config, workdir)["step"] == 2
+    assert saved_steps(pathlib.Path(workdir, "checkpoints")) == [2]
 
 
 def test_sigterm_to_a_single_process(small_run, monkeypatch):

@@ -9,7 +9,16 @@ import pytest
 from disag_jax import processes
 from disag_jax.config import Config, ConfigError
 from tests import launching
-from tests.launching import REPOSITORY, TIMEOUT_SECONDS, finish, free_port, launch, losses, start
+from tests.launching import (
+    PAIR,
+    REPOSITORY,
+    TIMEOUT_SECONDS,
+    finish,
+    free_port,
+    launch,
+    losses,
+    start,
+)
 
 MIXED = ("--config.split.stages=2", "--config.split.expert_workers=3")
 # Half of the devices attention, half experts: with two processes each has one role only.
@@ -45,6 +54,7 @@ def alone(config_file, tmp_path_factory):
 def test_losses_do_not_depend_on_the_processes(
     config_file, alone, tmp_path, num_processes, arguments
 ):
+    arguments += ("--config.run.eval_batches=1",)
     several = launch(config_file, tmp_path / "several", num_processes, *arguments)
     expected = alone(arguments)
     assert losses(several) == pytest.approx(losses(expected), rel=1e-12)
@@ -80,6 +90,32 @@ def test_different_configs_are_refused_and_the_field_named(config_file, tmp_path
     for _, error, code in finish(running):
         assert code == 2, error
         assert "config.optimizer.weight_decay = " in error and "same in all processes" in error
+
+
+OTHER_DATA = """
+import dataclasses, runpy, sys
+sys.path.insert(0, ".")
+if "--process_id=1" in sys.argv:
+    from disag_jax import text
+    load = text.load
+    def with_another_byte(*args):
+        corpus = load(*args)
+        train = corpus.train.copy()
+        train[-100] ^= 1
+        return dataclasses.replace(corpus, train=train)
+    text.load = with_another_byte
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_data_that_differ_in_a_byte_are_refused(config_file, tmp_path):
+    (tmp_path / "other.py").write_text(OTHER_DATA)
+    running = launching.start_all(
+        config_file, tmp_path / "run", 2, *PAIR, devices=2, script=str(tmp_path / "other.py")
+    )
+    for _, error, code in finish(running):
+        assert code == 2 and "data: the checksum of training = " in error, error[-2000:]
 
 
 DISAGREEMENTS = {

@@ -37,8 +37,8 @@ def test_a_profile_is_measured_written_and_read_back(tmp_path, capsys, monkeypat
     assert measured.source == "measured" and measured.name == "here"
     assert set(measured.unit_fits) == set(hardware.UNITS)
     assert all(fit.num_points == 1 for fit in measured.unit_fits.values())
-    assert set(measured.slowdown_beside_transfers) <= set(hardware.UNITS)
-    for name in (*hardware.UNITS, "slower beside", "many_to_many", "all_to_all", "all_reduce"):
+    assert set(measured.lost_beside_transfers) <= set(hardware.UNITS)
+    for name in (*hardware.UNITS, "lost beside", "many_to_many", "all_to_all", "all_reduce"):
         assert name in printed
     points = json.loads((tmp_path / "here.points.json").read_text())
     assert all(p["milliseconds"] > 0 for found in points.values() for p in found)

@@ -84,6 +84,17 @@ def test_a_trace_ends_with_the_run(tmp_path):
     assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
 
 
+def test_a_trace_that_cannot_be_written_is_lost_and_said(tmp_path):
+    said, written = [], []
+    profiler = profiling.Profiler(tmp_path / "trace", range(1, 2), written.append, said.append)
+    profiler.before_step(FakeState(1))
+    (tmp_path / "trace").write_text("in the way")
+    assert profiler.before_step(FakeState(2))
+    profiler.close()
+    assert not written
+    assert len(said) == 1 and said[0].startswith(f"warning: the trace in {tmp_path}/trace is lost")
+
+
 def test_programs_carry_the_names_of_the_code():
     split = SplitConfig(stages=1, attention_workers=1, expert_workers=2)
     stepper = support.make_stepper(support.small_config(split))

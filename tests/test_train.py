@@ -13,6 +13,7 @@ from configs import tiny
 from disag_jax import startup_report, training
 from disag_jax.bad_numbers import NonFiniteLossError
 from disag_jax.config import ConfigError, Dtype, PlacementKind, SplitConfig
+from disag_jax.saved_checkpoint import saved_steps
 from disag_jax.schedule import IDLE, schedule_of
 from disag_jax.step import Stepper
 from tests import support
@@ -100,25 +101,28 @@ def assert_timeline_is_of_the_schedule(config, directory):
 
 
 def test_nan_loss_stops_the_run_and_says_the_step(small_run, monkeypatch, capsys):
+    """Step 2 alone is bad, then all from step 4."""
     config, workdir = small_run
     change(config, "run", max_skipped_steps=3, log_every=2)
-    train_step, last_good = Stepper.train_step, 2
+    train_step = Stepper.train_step
 
     def diverge(self, state, batch):
-        if state.step == last_good:
-            vocabulary = {name: x * np.nan for name, x in state.vocabulary.items()}
-            state = dataclasses.replace(state, vocabulary=vocabulary)
-        return train_step(self, state, batch)
+        if state.step not in (1, 3, 4, 5):
+            return train_step(self, state, batch)
+        vocabulary = {name: x * np.nan for name, x in state.vocabulary.items()}
+        after, metrics = train_step(self, dataclasses.replace(state, vocabulary=vocabulary), batch)
+        return dataclasses.replace(after, vocabulary=state.vocabulary), metrics
 
     monkeypatch.setattr(Stepper, "train_step", diverge)
-    with pytest.raises(NonFiniteLossError, match=r"step 5: loss = nan .*skipped .* = 3 in a row"):
+    with pytest.raises(NonFiniteLossError, match=r"step 6: loss = nan .*skipped .* = 3 in a row"):
         training.train(config, workdir)
-    assert "step 4: loss = nan" in capsys.readouterr().out
+    assert "step 5: loss = nan" in capsys.readouterr().out
     skips = [record for record in records(workdir) if "skipped_steps" in record]
-    assert [(r["step"], r["skipped_steps"]) for r in skips] == [(3, 1), (4, 2), (5, 3)]
+    assert [(r["step"], r["skipped_steps"]) for r in skips] == [(2, 1), (4, 2), (5, 3), (6, 4)]
     assert len(skips[0]["non_finite_expert"]) == config.model.num_layers
     assert all("loss" not in record for record in skips)
-    assert pathlib.Path(workdir, "checkpoints", str(last_good)).is_dir()
+    # That of step 2 waited for a good step; those of 4 and 6 would have taken the place of older.
+    assert saved_steps(pathlib.Path(workdir, "checkpoints")) == [3]
 
 
 def change(config, section, **fields):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from disag_jax import optimizer
 from disag_jax.config import PlacementKind, RouterScore, SplitConfig
 from disag_jax.geometry import Bucket, buckets
 from disag_jax.step import BUCKET_MEMORY, BucketChooser
@@ -146,3 +147,13 @@ def test_buckets_grow_to_the_worst_case():
     assert options[-1].rows == config.batch.tokens_per_worker
     one_worker = support.small_config(SplitConfig(attention_workers=2, expert_workers=1))
     assert len(buckets(one_worker)) == 1, "one expert worker always gets everything"
+
+
+def test_learning_rates_are_the_schedules_at_every_step():
+    config = support.small_config(SplitConfig(), 4)
+    config.optimizer.warmup_steps = 3
+    rates, schedule = optimizer.learning_rates(config), reference.learning_rate(config)
+    assert len(rates) == config.run.num_steps + 1
+    expected = [float(schedule(step)) for step in range(len(rates))]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    assert rates[0] == 0 and rates[-1] == pytest.approx(config.optimizer.final_learning_rate)

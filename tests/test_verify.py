@@ -52,7 +52,7 @@ def test_a_resumed_run_is_equal_bit_for_bit(verified):
     assert any(sum(record["dropped_pairs"]) for record in steps), "the test must drop"
 
 
-@pytest.mark.parametrize("what", ["metrics", "checkpoint"])
+@pytest.mark.parametrize("what", ["metrics", "checkpoint", "a lost step"])
 def test_the_last_bit_counts(verified, what, tmp_path):
     workdir = tmp_path / "halves"
     shutil.copytree(verified[0] / "halves", workdir)
@@ -62,9 +62,15 @@ def test_the_last_bit_counts(verified, what, tmp_path):
         lines[-2]["gradient_norm"] *= 1 + 2**-52
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         message = rf"step {NUM_STEPS}: gradient_norm = .* must be .* as without a stop"
+    elif what == "a lost step":
+        path = workdir / "metrics.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+        message = rf"must have logged the steps 1 to {NUM_STEPS}$"
     else:
         shutil.copytree(
-            workdir / "checkpoints/3", workdir / f"checkpoints/{NUM_STEPS}", dirs_exist_ok=True
+            workdir / "checkpoints/3/arrays",
+            workdir / f"checkpoints/{NUM_STEPS}/arrays",
+            dirs_exist_ok=True,
         )
         message = r"of the checkpoints of step 6 must be equal bit by bit"
     with pytest.raises(RunError, match=message):

@@ -1,5 +1,6 @@
 """A lost, stopped, failed or stuck process ends the run, and is named."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -108,10 +109,10 @@ def run_of_two(monkeypatch):
     return make, ends
 
 
-def process_1_says(status):
+def says(process, status):
     """Writes its sign by hand."""
     processes.key_value_store().key_value_set(
-        "watchdog/signs/1", json.dumps([1, status, "step 3"]), allow_overwrite=True
+        f"watchdog/signs/{process}", json.dumps([1, status, "step 3"]), allow_overwrite=True
     )
 
 
@@ -128,22 +129,38 @@ def test_a_process_that_never_begins_is_lost(run_of_two):
         assert wait_for(ends).startswith("process 1 is lost")
 
 
+def test_process_0_may_be_done_before_the_others(run_of_two):
+    make, ends = run_of_two
+    says(0, "done")
+    with make(1, heartbeat_timeout_seconds=1):
+        time.sleep(1.5)
+    assert ends == []
+
+
 def test_process_0_is_lost_where_it_does_not_answer(run_of_two):
     make, ends = run_of_two
     with make(1, heartbeat_timeout_seconds=1):
         assert wait_for(ends).startswith("process 0 is lost")
 
 
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_a_broken_connection_waits_for_the_name_of_the_lost_process(run_of_two, kind):
+    make, ends = run_of_two
+    with pytest.raises(kind), make(0, heartbeat_timeout_seconds=1):
+        raise kind("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    assert ends[0].startswith("process 1 is lost")
+
+
 def test_one_that_fails_alone_is_named_with_its_reason(run_of_two):
     make, ends = run_of_two
     with make(0, heartbeat_timeout_seconds=2):
-        process_1_says("the reason")
+        says(1, "the reason")
         assert wait_for(ends) == "process 1 failed: the reason"
 
 
 def test_one_that_fails_alone_ends_itself(run_of_two):
     make, ends = run_of_two
-    process_1_says("running")
+    says(1, "running")
     with pytest.raises(RunError), make(0, heartbeat_timeout_seconds=5):
         raise RunError("mine alone")
     assert ends == ["mine alone"]
@@ -151,7 +168,7 @@ def test_one_that_fails_alone_ends_itself(run_of_two):
 
 def test_a_failure_of_all_is_left_to_the_commands(run_of_two):
     make, ends = run_of_two
-    process_1_says("the same")
+    says(1, "the same")
     with pytest.raises(RunError), make(0, heartbeat_timeout_seconds=100):
         raise RunError("the same")
     assert ends == []
@@ -169,7 +186,8 @@ def test_a_stuck_process_says_where(monkeypatch):
     )
 
 
-def test_ending_does_not_wait_for_the_main_thread(tmp_path):
+@pytest.mark.parametrize("standard_error", [subprocess.PIPE, "/dev/full"])
+def test_ending_does_not_wait_for_the_main_thread(tmp_path, standard_error):
     """The real end, in a process of its own whose main thread sleeps."""
     program = (
         "import time\n"
@@ -180,8 +198,13 @@ def test_ending_does_not_wait_for_the_main_thread(tmp_path):
         "    dog.last_good('the last good checkpoint is of step 4')\n"
         "    time.sleep(1000)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=launching.REPOSITORY, capture_output=True, text=True
-    )
+    with contextlib.ExitStack() as stack:
+        if standard_error != subprocess.PIPE:
+            standard_error = stack.enter_context(open(standard_error, "w"))
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=launching.REPOSITORY, stderr=standard_error, text=True, timeout=60,
+        )  # fmt: skip
     assert done.returncode == RUN_ERROR
-    assert done.stderr.endswith("at the start; the last good checkpoint is of step 4\n")
+    if done.stderr is not None:
+        assert done.stderr.endswith("at the start; the last good checkpoint is of step 4\n")

@@ -90,6 +90,13 @@ def test_another_run_does_not_go_on_here(section, field, value, message, tmp_pat
     assert workdir.read_config() == small_config()
 
 
+def test_a_config_that_nests_too_deep_is_named(tmp_path):
+    workdir = workdir_of(small_config(), tmp_path)
+    workdir.config.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"config.json: maximum recursion depth"):
+        workdir.read_config()
+
+
 def test_a_run_goes_on_with_its_own_data(tmp_path):
     workdir, config = Workdir(str(tmp_path / "run")), small_config()
     workdir.open(config, resume=False, data_digest="0badcafe")

@@ -178,7 +178,7 @@ class Costs:
         return {
             name: degrees[name] * self.expert_seconds(name, degrees[name])
             if name in degrees
-            else self._seconds(name, work, self._has_exchange_beside)
+            else self._seconds(name, work)
             for name, work in unit_work(self.sizes).items()
         }
 
@@ -191,18 +191,29 @@ class Costs:
     def expert_seconds(self, unit: str, chunks: int) -> float:
         """Seconds of one of `chunks` chunks in an expert unit."""
         work = expert_work(self.sizes.in_chunks(chunks))[unit]
-        return self._seconds(unit, work, self._has_exchange_beside or chunks > 1)
+        return self._seconds(unit, work, chunks)
 
-    @property
-    def _has_exchange_beside(self) -> bool:
-        """Whether all units run beside transfers; those of chunks do where there are several."""
-        split = self.config.split
-        return not split.colocated or split.overlap is Overlap.INTERLEAVED
-
-    def _seconds(self, unit: str, work: Work, has_transfer_beside: bool) -> float:
+    def _seconds(self, unit: str, work: Work, chunks: int = 1) -> float:
         seconds = self.hardware.unit_seconds(unit, work.products, work.scores, work.num_bytes)
-        slowdown = self.hardware.slowdown_beside_transfers.get(unit, 1.0)
-        return slowdown * seconds if has_transfer_beside else seconds
+        lost = self.hardware.lost_beside_transfers.get(unit, 0.0)
+        return seconds + lost * min(self._beside(unit, chunks), seconds)
+
+    def _beside(self, unit: str, chunks: int) -> float:
+        """Seconds of the transfer or exchange that runs beside a unit, or beside one of its chunks.
+
+        Phases hide what the other direction's phases made; chunks hide each other's exchanges.
+        """
+        if unit == "loss":
+            return 0.0
+        split, sizes = self.config.split, self.sizes
+        directions = ("forward", "backward")
+        own, other = directions if unit.endswith("forward") else directions[::-1]
+        if not split.colocated:
+            return {"forward": self.forward_transfer, "backward": self.backward_transfer}[other]
+        words = {"forward": sizes.message_bytes, "backward": sizes.cotangent_bytes}
+        if split.overlap is Overlap.INTERLEAVED:
+            return self.exchange(words[other]).of_chunk(1)
+        return self.exchange(words[own], chunks).of_chunk(chunks) if chunks > 1 else 0.0
 
     def regroup_seconds(self, forward_chunks: int, backward_chunks: int) -> float:
         """Dealing the arrived rows to other chunks for the backward phase, where there are such."""

@@ -112,8 +112,9 @@ class Hardware:
         a device has nics / devices.
       intra_node, inter_node: the links; None where there is one node.
       unit_fits: measured times by unit (`UNITS`); an absent unit's time follows from the rates.
-      slowdown_beside_transfers: measured time of a unit while a transfer runs beside it, over its
-        time alone; 1 for an absent unit. A twin that blocks has nothing beside its units.
+      lost_beside_transfers: seconds that a unit takes longer, measured, for each second of a
+        transfer that runs beside it; 0 for an absent unit. Transfers take processors and memory
+        traffic while they last, not a share of the unit.
       update_milliseconds_per_gigaparameter: measured time of the optimizer and of packing weights;
         None takes the bytes that they move.
     """
@@ -136,7 +137,7 @@ class Hardware:
     intra_node: Link
     inter_node: Link | None
     unit_fits: dict[str, UnitFit]
-    slowdown_beside_transfers: dict[str, float] = dataclasses.field(default_factory=dict)
+    lost_beside_transfers: dict[str, float] = dataclasses.field(default_factory=dict)
     update_milliseconds_per_gigaparameter: float | None = None
 
     @property
@@ -190,7 +191,7 @@ def read(record, name: str) -> Hardware:
     fail = functools.partial(_fail, f"hardware {name}")
     if hardware.source not in SOURCES:
         fail("source", hardware.source, f"one of {', '.join(SOURCES)}")
-    for field in ("unit_fits", "slowdown_beside_transfers"):
+    for field in ("unit_fits", "lost_beside_transfers"):
         for unit in getattr(hardware, field):
             if unit not in UNITS:
                 fail(field, unit, f"of the units {', '.join(UNITS)}")

@@ -9,8 +9,6 @@ import dataclasses
 import json
 import pathlib
 
-from matplotlib.patches import Patch
-
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.prediction import Prediction, simulate_step, timing_of
 from disag_jax.planner.simulator import make_table, transfer_times
@@ -187,5 +185,7 @@ def draw(axes, spans: list[Span], shown: tuple[float, float]):
 
 def add_legend(axes):
     """Says which kind of span has which colour."""
+    from matplotlib.patches import Patch  # slow to import, and few runs draw
+
     handles = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items()]
     axes.legend(handles=handles, ncols=len(handles), loc="lower right", bbox_to_anchor=(1, 1))
