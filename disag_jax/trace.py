@@ -91,10 +91,8 @@ def operations(directory) -> Operations:
                         stats = dict(event.stats)
                         _add_operation(by_device[stats.get("device_ordinal")], event, stats)
     for number, plane in gpus.items():
-        for line in plane.lines:
-            if STREAM.match(line.name):
-                for event in line.events:
-                    _add_operation(by_device[number], event, dict(event.stats))
+        for event in _events_of_gpu(plane):
+            _add_operation(by_device[number], event, dict(event.stats))
     return Operations({int(n): ran for n, ran in by_device.items() if ran}, steps)
 
 
@@ -102,6 +100,13 @@ def _add_operation(ran: list[Operation], event, stats: dict):
     if "hlo_op" in stats and "hlo_module" in stats:
         end = event.start_ns + event.duration_ns
         ran.append(Operation(stats["hlo_module"], stats["hlo_op"], event.start_ns, end, event.name))
+
+
+def _events_of_gpu(plane):
+    """What ran on a GPU, each kernel and copy once."""
+    for line in plane.lines:
+        if STREAM.match(line.name):
+            yield from line.events
 
 
 def device_times(directory) -> dict[str, DeviceTime]:
@@ -121,11 +126,9 @@ def kernels(directory) -> list[tuple[str, str, float, float]]:
     found = []
     for path in sorted(pathlib.Path(directory).rglob("*.xplane.pb")):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            lines = plane.lines if GPU.match(plane.name) else ()
-            for line in (line for line in lines if STREAM.match(line.name)):
-                for event in line.events:
-                    end = event.start_ns + event.duration_ns
-                    found.append((plane.name, event.name, event.start_ns, end))
+            for event in _events_of_gpu(plane) if GPU.match(plane.name) else ():
+                end = event.start_ns + event.duration_ns
+                found.append((plane.name, event.name, event.start_ns, end))
     if not found:
         raise ConfigError(f"{directory} must hold the trace of a GPU")
     return found

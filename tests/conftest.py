@@ -13,6 +13,7 @@ import hypothesis
 import jax
 import pytest
 
+from disag_jax.config import PlacementKind, SplitConfig
 from mesh import runtime
 
 QUICK_COMPILES = "--xla_backend_optimization_level=0"
@@ -76,3 +77,24 @@ def small_run(tmp_path):
         config.run, num_steps=6, log_every=1, eval_batches=1, eval_every=3, checkpoint_every=2
     )
     return config, str(tmp_path / "run")
+
+
+PLANNED_SPLITS = {
+    "disaggregated": SplitConfig(stages=2, attention_workers=1, expert_workers=2),
+    "two hops": SplitConfig(stages=2, attention_workers=1, expert_workers=2, hop=2),
+    "colocated": SplitConfig(
+        stages=2, attention_workers=2, expert_workers=2, placement=PlacementKind.COLOCATED
+    ),
+}
+
+
+@pytest.fixture(params=PLANNED_SPLITS)
+def prediction(request):
+    """The predicted step of a split of the balanced shape."""
+    from configs import balanced
+    from disag_jax.planner import hardware
+    from disag_jax.planner.prediction import predict
+
+    config = balanced.get_config()
+    config.split, config.batch.micro_batches = PLANNED_SPLITS[request.param], 30
+    return predict(config.validate(), hardware.load("h100"))

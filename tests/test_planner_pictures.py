@@ -13,20 +13,6 @@ from disag_jax.planner import hardware, pictures
 from disag_jax.planner.prediction import predict
 from disag_jax.planner.search import Fixed, candidates
 
-SPLITS = {
-    "disaggregated": SplitConfig(stages=2, attention_workers=1, expert_workers=2),
-    "colocated": SplitConfig(
-        stages=2, attention_workers=2, expert_workers=2, placement=PlacementKind.COLOCATED
-    ),
-}
-
-
-@pytest.fixture(params=SPLITS)
-def prediction(request):
-    config = balanced.get_config()
-    config.split, config.batch.micro_batches = SPLITS[request.param], 30
-    return predict(config.validate(), hardware.load("h100"))
-
 
 def test_page_is_drawn(prediction, tmp_path):
     path = tmp_path / "plan.png"

@@ -7,29 +7,12 @@ import json
 import pytest
 from matplotlib.figure import Figure
 
-from configs import balanced
-from disag_jax.config import PlacementKind, SplitConfig
-from disag_jax.planner import hardware, pictures, timeline
+from disag_jax.planner import pictures, timeline
 from disag_jax.planner.costs import Costs
-from disag_jax.planner.prediction import predict, simulate_step, timing_of
+from disag_jax.planner.prediction import simulate_step, timing_of
 from disag_jax.planner.simulator import make_table, transfer_times
 from disag_jax.planner.sizes import Sizes
 from disag_jax.schedule import schedule_of
-
-SPLITS = {
-    "disaggregated": SplitConfig(stages=2, attention_workers=1, expert_workers=2),
-    "two hops": SplitConfig(stages=2, attention_workers=1, expert_workers=2, hop=2),
-    "colocated": SplitConfig(
-        stages=2, attention_workers=2, expert_workers=2, placement=PlacementKind.COLOCATED
-    ),
-}
-
-
-@pytest.fixture(params=SPLITS)
-def prediction(request):
-    config = balanced.get_config()
-    config.split, config.batch.micro_batches = SPLITS[request.param], 30
-    return predict(config.validate(), hardware.load("h100"))
 
 
 def test_spans_are_the_step(prediction):
