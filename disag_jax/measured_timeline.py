@@ -111,12 +111,14 @@ def last_step(ran: trace.Operations, names: dict[str, str], schedule: Schedule) 
 
 def _periods(pipeline: list[Operation], names: dict[str, str], schedule: Schedule) -> np.ndarray:
     """When each period began: the first of the operations that run once in each of them."""
-    begins = collections.defaultdict(list)
+    begins, in_graphs = collections.defaultdict(list), collections.defaultdict(list)
     for one in pipeline:
         loop = LOOP.search(names.get(one.name, ""))
-        if loop and not INNER.search(loop["rest"]):
+        if one.name.startswith(GRAPH):
+            in_graphs[one.name, one.kernel].append(one.begin)
+        elif loop and not INNER.search(loop["rest"]):
             begins[loop.group(1), one.name].append(one.begin)
-    found = []
+    found, before = [], -np.inf
     for segment in schedule.segments:
         count = segment.num_periods
         # A step that ran again has them several times; the last are those that count.
@@ -127,8 +129,21 @@ def _periods(pipeline: list[Operation], names: dict[str, str], schedule: Schedul
         ]
         if not anchors:
             raise RunError(f"the trace must hold the {count} periods of the {segment.name} loop")
-        found.append(np.min(anchors, axis=0))
+        known = np.min(anchors, axis=0)
+        # Most of a period may be in graphs, and before all that is not.
+        earlier = (_once_before_each(known, before, times) for times in in_graphs.values())
+        found.append(np.min([known, *(times for times in earlier if times is not None)], axis=0))
+        before = known[-1]
     return np.concatenate(found)
+
+
+def _once_before_each(known: np.ndarray, before: float, times: list[float]) -> np.ndarray | None:
+    """The times that lie one by one before the known ones, all after `before`; None if not so."""
+    times = np.sort(times)
+    times = times[times <= known[-1]][-len(known) :]
+    if len(times) < len(known) or np.any(times > known):
+        return None
+    return times if np.all(times > [before, *known[:-1]]) else None
 
 
 def _last_run(pipeline: list[Operation], names: dict[str, str], loop: float) -> list[Operation]:
@@ -168,17 +183,23 @@ def _work(
 ) -> list[Span]:
     """What one device did, in the order of beginning."""
     began, parts = traced.periods[device], collections.defaultdict(lambda: [np.inf, -np.inf])
+    in_graphs = collections.defaultdict(lambda: True)
     for one in traced.by_device[device]:
         part = _part(one, names.get(one.name, ""), began)
         if part:
             extent = parts[part]
             extent[:] = min(extent[0], one.begin), max(extent[1], one.end)
+            in_graphs[part] &= one.name.startswith(GRAPH)
     work = []
-    for (kind, name, period), (begin, end) in parts.items():
+    for part, (begin, end) in parts.items():
+        kind, name, period = part
         if kind in ("forward", "backward"):
             name = unit_name(schedule, kind, period, worker.stage, worker.role)
         elif kind == "loss":
             name = loss_name(schedule, period)
+        if name is None and in_graphs[part]:
+            # A graph begins in every period, with what is the same in all of them.
+            continue
         if name is None:
             raise RunError(
                 f"the trace has a {kind} of {worker.name}, stage {worker.stage}, in period "

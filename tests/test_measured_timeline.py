@@ -12,7 +12,7 @@ from disag_jax import measured_timeline
 from disag_jax.config import PlacementKind, SplitConfig
 from disag_jax.errors import RunError
 from disag_jax.geometry import placement_of
-from disag_jax.measured_timeline import PIPELINE, Worker
+from disag_jax.measured_timeline import PIPELINE, UNITS, Worker
 from disag_jax.planner import hardware, pictures, timeline
 from disag_jax.planner.prediction import predict
 from disag_jax.planner.timeline import Span
@@ -159,6 +159,56 @@ def test_every_span_has_its_name_and_time(config, num_runs):
 def test_units_in_cuda_graphs_are_found_by_most_of_their_kernels(config):
     made = HandMade(config)
     expected, _ = spans_of(made)
+    scopes, graphs = put_in_graphs(made)
+    found = measured_timeline.graph_scopes(made.operations(), scopes)
+    assert len(graphs) > 2
+    assert all(scope.startswith(found[graph]) for scope, graph in graphs.items())
+    made.names = {name: s for name, s in scopes.items() if "/cond/branch" not in s} | found
+    key = dataclasses.astuple
+    assert sorted(spans_of(made)[0], key=key) == sorted(expected, key=key)
+
+
+def test_periods_begin_with_graphs_where_other_operations_come_last(config):
+    """As XLA orders the loop's body: both phases' graphs, then what is not in a graph."""
+    made = HandMade(config)
+    expected, zero = spans_of(made)
+    scopes, graphs = put_in_graphs(made)
+    made.names = scopes | {graph: scope for scope, graph in graphs.items()}
+
+    def reorder(one):
+        if not one.name.startswith("row."):
+            return [one]
+        segment = one.name.removeprefix("row.")
+        graph = next(g for scope, g in graphs.items() if f"/{segment}/" in scope)
+        # What a graph does in every period, also where its unit is idle.
+        return [
+            one._replace(begin=one.begin + 95, end=one.end + 95),
+            Operation(PIPELINE, graph, one.begin, one.end, "every_period"),
+        ]
+
+    made.by_device = {
+        device: [part for one in operations for part in reorder(one)]
+        for device, operations in made.by_device.items()
+    }
+
+    def units(spans, of):
+        return sorted((s.stage, s.worker, s.name, of(s)) for s in spans if s.kind in UNITS)
+
+    found = spans_of(made)[0]
+    assert units(found, lambda s: s.end) == units(expected, lambda s: s.end)
+    # A unit begins where its graph does.
+    begins = [t for *_, t in units(found, lambda s: s.begin)]
+    for (*_, known), begin in zip(units(expected, lambda s: s.begin), begins, strict=True):
+        in_period = round(1e9 * (known - begin))
+        assert in_period in (0, *(TIMES[kind][0] for kind in UNITS)), in_period
+
+
+def put_in_graphs(made: HandMade) -> tuple[dict[str, str], dict[str, str]]:
+    """Puts what a trace has in conditionals into CUDA graphs.
+
+    Each unit of each loop has one, whose kernels have operations' names; a short one is another
+    unit's too. Returns (the names of the program, the graph of each scope).
+    """
     shared = f"shared.{len(made.names)}"
     made.names[shared] = next(s for s in made.names.values() if "_forward/x" in s and "/cond" in s)
     scopes, graphs = dict(made.names), {}
@@ -167,8 +217,6 @@ def test_units_in_cuda_graphs_are_found_by_most_of_their_kernels(config):
         scope = made.names.get(one.name, "")
         if "/cond/branch" not in scope:
             return [one]
-        # One graph for each unit of each loop, whose kernels have operations' names; a short one
-        # is another unit's too.
         graph = graphs.setdefault(scope, f"command_buffer_{len(graphs)}")
         kernel = one.name.replace(".", "_").replace("-", "_")
         short = Operation(PIPELINE, graph, one.begin, one.begin + 1, shared.replace(".", "_"))
@@ -178,12 +226,7 @@ def test_units_in_cuda_graphs_are_found_by_most_of_their_kernels(config):
         device: [part for one in operations for part in in_a_graph(one)]
         for device, operations in made.by_device.items()
     }
-    found = measured_timeline.graph_scopes(made.operations(), scopes)
-    assert len(graphs) > 2
-    assert all(scope.startswith(found[graph]) for scope, graph in graphs.items())
-    made.names = {name: s for name, s in scopes.items() if "/cond/branch" not in s} | found
-    key = dataclasses.astuple
-    assert sorted(spans_of(made)[0], key=key) == sorted(expected, key=key)
+    return scopes, graphs
 
 
 def test_waits_fill_what_is_between_units(config):
