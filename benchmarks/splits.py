@@ -55,8 +55,11 @@ def _case(group: str, config: Config, hardware: Hardware, is_pick: bool) -> Spli
 
 
 def split_cases(config: Config, hardware: Hardware, num_devices: int, lengths) -> list[Split]:
-    """Every M + N of one and two stages, and the twin's best, at each sequence length."""
-    cases = []
+    """Every M + N of one and two stages, and the twin's best, at each sequence length.
+
+    The twins come last: should one lack memory, the others are measured.
+    """
+    cases, twins = [], []
     for length in lengths:
         base, group = at_length(config, length, num_devices), f"sequence {length}"
         fixed = {"replicas": 1, "tokens_per_worker": base.batch.tokens_per_worker}
@@ -69,8 +72,8 @@ def split_cases(config: Config, hardware: Hardware, num_devices: int, lengths) -
         cases += [_case(group, f.config, hardware, f is found[0]) for f in found]
         twin = search.search(base, hardware, num_devices, PlacementKind.COLOCATED)
         if twin:
-            cases.append(_case(group, twin.config, hardware, is_pick=False))
-    return cases
+            twins.append(_case(group, twin.config, hardware, is_pick=False))
+    return cases + twins
 
 
 def scaling_cases(config: Config, hardware: Hardware, num_devices: int) -> list[Split]:
