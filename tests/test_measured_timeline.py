@@ -171,7 +171,7 @@ def test_units_in_cuda_graphs_are_found_by_most_of_their_kernels(config):
 def test_periods_begin_with_graphs_where_other_operations_come_last(config):
     """As XLA orders the loop's body: both phases' graphs, then what is not in a graph."""
     made = HandMade(config)
-    expected, zero = spans_of(made)
+    expected, _ = spans_of(made)
     scopes, graphs = put_in_graphs(made)
     made.names = scopes | {graph: scope for scope, graph in graphs.items()}
 
