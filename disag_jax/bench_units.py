@@ -20,6 +20,7 @@ from disag_jax.phases import Layouts
 from disag_jax.shared_loss import SharedLoss
 from disag_jax.timing import Figure, time_calls
 from disag_jax.units import AttentionUnit, ExpertUnit
+from layers import target
 from layers.head import HeadParams, cross_entropy_and_grads
 from mesh.m2n import slot_of_receiver
 from mesh.roles import Role
@@ -45,7 +46,7 @@ def measure(config: Config) -> list[Figure]:
 
 def measure_rates(config: Config) -> tuple[Rates, list[Figure]]:
     """The device's rates for the config's compute type."""
-    is_gpu = jax.default_backend() == "gpu"
+    is_gpu = target.is_gpu()
     size, num_bytes = (8192, 2**30) if is_gpu else (512, 2**25)
     dtype = jnp.dtype(config.run.compute_dtype.value)
     square = jax.random.normal(jax.random.key(0), (size, size), dtype)

@@ -123,8 +123,9 @@ class ColocatedPhases(Phases):
             finished += received[len(dispatched) :]
             made = [words]
         finished.append(self._exchange(made[0], scope))
-        # Else XLA lets the last two exchanges run on, in the time of those of the next phase.
-        finished, state = lax.optimization_barrier((finished, state))
+        if len(chunks) > 1:
+            # Else XLA lets the last two exchanges run on, in the time of those of the next phase.
+            finished, state = lax.optimization_barrier((finished, state))
         return arrived, finished, state
 
     def _attend(self, inbox, entry: Entry, stash, stats: Stats):

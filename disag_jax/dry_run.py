@@ -2,9 +2,11 @@
 
   python train.py --config configs/deepseek_moe_16b.py --dry_run --hardware h100
 
-The training pipeline is compiled for as many simulated CPU devices as the split names. Arguments
-and outputs are those of any backend. Temporaries are the CPU's, which has no fused attention and
-holds all scores of a layer: whether a step fits is decided by the planner's count.
+With JAX's CUDA plugin installed, the training pipeline is compiled by the GPU's compiler, which
+needs no GPU. Without it, or for other hardware, it is compiled for as many simulated CPU devices as
+the split names: arguments and outputs are those of any backend, but temporaries are the CPU's,
+which has no fused attention and holds all scores of a layer. Whether a step fits is decided by the
+planner's count.
 """
 
 import dataclasses
@@ -22,6 +24,8 @@ from disag_jax.planner.sizes import Sizes
 from disag_jax.schedule import Schedule
 from disag_jax.shared_loss import SharedLoss
 from disag_jax.step import Stepper
+from layers import target
+from mesh import absent
 from mesh.placement import Meshes
 
 # Compiled to be counted, never run.
@@ -34,13 +38,15 @@ class DryRun:
 
     Attributes:
       prediction: the planner's, for the hardware.
-      needed: bytes of each kind of worker by the compiler's count, on the CPU.
+      compiler: whose, "GPU" or "CPU".
+      needed: bytes of each kind of worker by the compiler's count.
       arguments_and_outputs: bytes of the program's on one device, by the compiler's count; outputs
         that take the memory of an argument count once.
       pair_bytes: bytes that one worker sends to one other in a step, by kind of transfer.
     """
 
     prediction: Prediction
+    compiler: str
     needed: dict[str, int]
     arguments_and_outputs: int
     pair_bytes: dict[str, int]
@@ -50,20 +56,40 @@ def dry_run(config: Config, hardware: Hardware) -> DryRun:
     """Checks the schedule, compiles the pipeline and counts; the devices must be simulated."""
     config.validate()
     prediction = predict(config, hardware)
-    # Its schedule is checked by disag_jax/schedule_check.py as that of a run.
-    stepper = Stepper(config, Meshes.make(placement_of(config), jax.devices()))
-    bucket = stepper.chooser.options[0]
-    lowered = stepper.gradient_program(bucket).lower(*stepper.abstract_arguments())
-    compiled = lowered.compile(compiler_options=QUICKLY)
+    gpu = absent.gpu_of(hardware.name) if absent.cuda_plugin() else None
+    if gpu:
+        compiled, stepper = compile_for_gpus(config, gpu)
+    else:
+        stepper = _stepper(config, jax.devices())
+        compiled = _lowered(stepper).compile(compiler_options=QUICKLY)
     analysis = compiled.memory_analysis()
     return DryRun(
         prediction=prediction,
+        compiler="GPU" if gpu else "CPU",
         needed=needed_bytes(stepper.manager, compiled),
         arguments_and_outputs=analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes
         - analysis.alias_size_in_bytes,
         pair_bytes=pair_bytes(config, stepper.schedule),
     )
+
+
+def compile_for_gpus(config: Config, gpu: absent.Gpu) -> tuple[jax.stages.Compiled, Stepper]:
+    """The training pipeline for GPUs that are not here, and what it is the program of."""
+    devices = absent.devices(gpu, config.split.num_devices)
+    with target.made_for(devices[0]):
+        stepper = _stepper(config, devices)
+        return _lowered(stepper).compile(compiler_options=absent.UNTUNED), stepper
+
+
+def _stepper(config: Config, devices) -> Stepper:
+    # Its schedule is checked by disag_jax/schedule_check.py as that of a run.
+    return Stepper(config, Meshes.make(placement_of(config), devices))
+
+
+def _lowered(stepper: Stepper) -> jax.stages.Lowered:
+    program = stepper.gradient_program(stepper.chooser.options[0])
+    return program.lower(*stepper.abstract_arguments())
 
 
 def pair_bytes(config: Config, schedule: Schedule) -> dict[str, int]:
@@ -117,8 +143,9 @@ def report(found: DryRun) -> str:
     ]
     for kind, memory in prediction.memory.items():
         lines.append(
-            f"memory    {kind}: planner {in_words(memory.total)}, CPU compiler "
-            f"{in_words(found.needed[kind])}, usable {in_words(hardware.usable_bytes)}"
+            f"memory    {kind}: planner {in_words(memory.total)}, "
+            f"{found.compiler} compiler {in_words(found.needed[kind])}, "
+            f"usable {in_words(hardware.usable_bytes)}"
         )
     for name, size in found.pair_bytes.items():
         lines.append(f"sent      {name}: {in_words(size)} from a worker to each partner in a step")

@@ -33,6 +33,7 @@ from disag_jax.reduction import (
 from disag_jax.schedule import Schedule
 from layers.head import NO_LABEL
 from layers.router import updated_bias
+from mesh import runtime
 from mesh.placement import ALL_DEVICES, Meshes, Whoami
 from mesh.roles import Role
 
@@ -233,7 +234,7 @@ def gradient_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
 
     gradients = (PER_WORKER, VOCABULARY_SPECS)
     outputs = (*gradients, EVERYWHERE, EVERYWHERE)
-    return _jit_on_union(training_pipeline, meshes, outputs, buffers=(gradients,))
+    return _jit_on_union(training_pipeline, meshes, schedule, outputs, buffers=(gradients,))
 
 
 def evaluation_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
@@ -243,7 +244,7 @@ def evaluation_program(geometry: Geometry, meshes: Meshes, schedule: Schedule):
         weights = gather_weights(geometry, rows, vocabulary, router_bias)
         return _run(geometry, schedule, weights, batch, with_gradients=False)[-1]
 
-    return _jit_on_union(evaluation_pipeline, meshes, EVERYWHERE)
+    return _jit_on_union(evaluation_pipeline, meshes, schedule, EVERYWHERE)
 
 
 def _run(geometry: Geometry, schedule: Schedule, weights, batch: Batch, *, with_gradients: bool):
@@ -255,7 +256,7 @@ def _run(geometry: Geometry, schedule: Schedule, weights, batch: Batch, *, with_
     return phases, carry, reduce_stats(geometry, carry.stats, num_labels, aux_scales)
 
 
-def _jit_on_union(pipeline, meshes: Meshes, out_specs, buffers=()):
+def _jit_on_union(pipeline, meshes: Meshes, schedule: Schedule, out_specs, buffers=()):
     """A pipeline as a jitted program of all workers, from its arguments' places to its outputs'.
 
     buffers: specs of donated arguments after the others.
@@ -271,7 +272,22 @@ def _jit_on_union(pipeline, meshes: Meshes, out_specs, buffers=()):
         ),
         donate_argnums=range(len(in_specs), len(in_specs + buffers)),
         keep_unused=True,
+        compiler_options=_compiler_options(meshes, schedule.hop),
     )
+
+
+def _compiler_options(meshes: Meshes, hop: int) -> dict | None:
+    """XLA's options for a pipeline on GPUs: a transfer has all its rounds under way at once.
+
+    XLA's scheduler keeps one collective under way, and would wait for each round but the last
+    before the phase that hides it. With more than the rounds it begins some within the phase.
+    """
+    placement, option = meshes.placement, runtime.COLLECTIVES_AT_ONCE
+    on_gpus = meshes.union.devices.flat[0].platform == "gpu"
+    if placement.colocated or not on_gpus or runtime.is_set(f"--{option}"):
+        return None
+    # With hop 2 a forward transfer is under way together with each backward one.
+    return {option: placement.rounds * hop}
 
 
 def _scales(geometry: Geometry, batch: Batch):

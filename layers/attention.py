@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers import target
 from layers.dtypes import accumulation_dtype
 from layers.recall import recalled
 
@@ -24,8 +25,8 @@ class AttentionKernel(enum.StrEnum):
 
 def default_kernel(dtype) -> AttentionKernel:
     """cuDNN's flash attention for bfloat16 on a GPU, else einsum."""
-    on_gpu = jax.default_backend() == "gpu"
-    return AttentionKernel.CUDNN if on_gpu and dtype == jnp.bfloat16 else AttentionKernel.EINSUM
+    fused = target.is_gpu() and dtype == jnp.bfloat16
+    return AttentionKernel.CUDNN if fused else AttentionKernel.EINSUM
 
 
 def apply_rope(x_BSHA, theta: float):

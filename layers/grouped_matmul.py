@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from layers import target
 from layers.dtypes import accumulation_dtype
 
 
@@ -32,8 +33,8 @@ class ExpertOrder(NamedTuple):
 
 
 def tile_rows() -> int:
-    """Rows of a tile on this backend: what the GPU's matrix units want, small elsewhere."""
-    return 128 if jax.default_backend() == "gpu" else 32
+    """Rows of a tile: what a GPU's matrix units want, few elsewhere."""
+    return 128 if target.is_gpu() else 32
 
 
 def sorted_rows(num_pairs: int, num_experts: int, tile: int) -> int:
@@ -264,10 +265,10 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def _hopper_runs(*operands) -> bool:
     """Whether the Hopper kernels take these operands: bfloat16, widths in steps of 64."""
-    if jax.default_backend() != "gpu" or any(x.dtype != jnp.bfloat16 for x in operands):
+    if not target.is_gpu() or any(x.dtype != jnp.bfloat16 for x in operands):
         return False
     widths = [width for x in operands for width in x.shape[1:]]
-    return jax.devices()[0].compute_capability == "9.0" and not any(w % 64 for w in widths)
+    return target.device().compute_capability == "9.0" and not any(w % 64 for w in widths)
 
 
 def _hopper():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from layers import target
 from layers.dtypes import accumulation_dtype
 from layers.norm import rms_norm
 
@@ -77,8 +78,8 @@ def _logits(params: HeadParams, x_cD):
 def _nll(logits_cV, label_c):
     """Negative log-likelihood (0 without a label) and log-partition, each [c]."""
     # On a GPU each pass over the logits counts; a CPU is ten times slower at reducing pairs.
-    is_gpu = jax.default_backend() == "gpu"
-    log_partition_c = one_pass_logsumexp(logits_cV) if is_gpu else jax.nn.logsumexp(logits_cV, -1)
+    one_pass = target.is_gpu()
+    log_partition_c = one_pass_logsumexp(logits_cV) if one_pass else jax.nn.logsumexp(logits_cV, -1)
     at_label_c = jnp.take_along_axis(logits_cV, jnp.maximum(label_c, 0)[:, None], axis=1)[:, 0]
     return jnp.where(label_c >= 0, log_partition_c - at_label_c, 0), log_partition_c
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from layers.target import device
+
 ROWS = 128  # of one tile
 SIDE = 128  # of the square that a warpgroup computes
 DEPTH, STEPS = 64, 4  # inner width of a pipeline step, and steps loaded ahead
@@ -100,7 +102,7 @@ def on_accumulators(finish, *shapes):
 
 def num_processors() -> int:
     """Streaming multiprocessors of the GPU: blocks in flight."""
-    return jax.devices()[0].core_count
+    return device().core_count
 
 
 def call(kernel, operands, out=None, *, in_place=None):

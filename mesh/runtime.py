@@ -31,6 +31,9 @@ SOCKETS = {
 NETWORKS = {"default": {}, "sockets": SOCKETS}
 NETWORK_HELP = "sockets makes NCCL use loopback sockets, a slow network, on one machine"
 DETERMINISTIC_FLAGS = {"--xla_gpu_deterministic_ops": "true"}
+# Each pipeline sets this one for itself, unless the environment does: what fits it depends on the
+# split.
+COLLECTIVES_AT_ONCE = "xla_gpu_experimental_parallel_collective_overlap_limit"
 
 
 def start(cpu_devices: int, *, deterministic: bool = False, network: str = "default"):
@@ -57,6 +60,8 @@ def simulate_cpu_devices(num_devices: int):
     that happens all the same ends the process after a minute instead of hanging it.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # A plugin for CUDA may be there to compile for GPUs that are not (mesh/absent.py).
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     os.environ.setdefault("PJRT_NPROC", str(max(32, 4 * num_devices)))
     flags = {
         "--xla_force_host_platform_device_count": str(num_devices),
@@ -80,11 +85,16 @@ def is_on(flag: str) -> bool:
     XLA takes `=true` and `=1` in any case and the bare flag, and the last one wins; it ends the
     process at other spellings.
     """
-    values = [
-        value.lower()
-        for name, _, value in (
-            given.partition("=") for given in shlex.split(os.environ.get("XLA_FLAGS", ""))
-        )
-        if name == flag
-    ]
-    return bool(values) and values[-1] in ("", "true", "1")
+    values = _given(flag)
+    return bool(values) and values[-1].lower() in ("", "true", "1")
+
+
+def is_set(flag: str) -> bool:
+    """Whether the environment sets a flag of XLA."""
+    return bool(_given(flag))
+
+
+def _given(flag: str) -> list[str]:
+    """The values that the environment gives a flag of XLA, in order."""
+    flags = (given.partition("=") for given in shlex.split(os.environ.get("XLA_FLAGS", "")))
+    return [value for name, _, value in flags if name == flag]

@@ -5,9 +5,7 @@ JAX_PLATFORMS=cuda python -m pytest -m gpu tests/test_gpu.py
 
 import dataclasses
 import functools
-import math
 import os
-import re
 import subprocess
 import sys
 
@@ -16,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental import topologies
 
-from disag_jax import overlap, plain_model
+from disag_jax import plain_model
 from disag_jax.config import (
     BatchConfig,
     Dtype,
@@ -28,9 +25,7 @@ from disag_jax.config import (
     Recompute,
     SplitConfig,
 )
-from disag_jax.geometry import placement_of
 from disag_jax.inputs import load_inputs
-from disag_jax.step import Stepper
 from layers.attention import AttentionKernel, causal_attention
 from layers.grouped_matmul import (
     GroupWeights,
@@ -43,9 +38,7 @@ from layers.grouped_matmul import (
     sorted_rows,
     tile_rows,
 )
-from mesh.placement import Meshes
 from tests import launching, reference, support
-from tests.test_compiled import COPY, loop_buffers
 
 pytestmark = pytest.mark.gpu
 
@@ -338,29 +331,3 @@ first, second = run(), run()
 jax.tree.map(np.testing.assert_array_equal, first, second)
 print("equal")
 """
-
-
-OVERLAPPING_SPLITS = {"disaggregated": PAIR, "in chunks": CHUNKED, "interleaved": INTERLEAVED}
-
-
-@pytest.mark.parametrize("split", OVERLAPPING_SPLITS.values(), ids=OVERLAPPING_SPLITS)
-def test_loop_updates_in_place_and_hides_its_transfers(split):
-    """The program for two GPUs, compiled on one."""
-    config = bfloat16_config(split)
-    config.batch = dataclasses.replace(config.batch, micro_batches=6)
-    pair = topologies.get_topology_desc("pair", platform="cuda", topology="1x1x2")
-    stepper = Stepper(config, Meshes.make(placement_of(config), pair.devices))
-    program = stepper.gradient_program(stepper.chooser.current)
-    text = program.lower(*stepper.abstract_arguments()).compile().as_text()
-    buffers = loop_buffers(stepper)
-    rows = buffers["expert row gradients" if split.colocated else "row gradients"]
-    assert rows in text and buffers["stash"] in text
-
-    def size(shape):
-        return math.prod(int(n) for n in re.search(r"\[([\d,]+)\]", shape).group(1).split(","))
-
-    # Rows are seen in several shapes: no copy may be as large as they, whatever its shape.
-    least = min(size(rows), size(buffers["stash"]))
-    copied = [found.group(1) for found in COPY.finditer(text) if "," in found.group(1)]
-    assert not [shape for shape in copied if size(shape) >= least]
-    overlap.check_program(text, split)

@@ -1,0 +1,91 @@
+"""What the GPU's compiler makes of the training pipeline; it needs JAX's CUDA plugin, and no GPU.
+
+In an environment with requirements.txt: python -m pytest -m gpu_program
+"""
+
+import dataclasses
+import math
+import re
+
+import jax
+import pytest
+
+from disag_jax import dry_run, overlap
+from disag_jax.config import SplitConfig
+from layers import target
+from mesh import absent
+from tests.test_compiled import COPY, loop_buffers
+from tests.test_gpu import CHUNKED, INTERLEAVED, PAIR, TWIN, bfloat16_config
+
+pytestmark = [
+    pytest.mark.gpu_program,
+    pytest.mark.skipif(absent.cuda_plugin() is None, reason="needs JAX's CUDA plugin"),
+]
+
+SPLITS = {
+    "1 + 1": PAIR,
+    "1 + 1, hop 2": dataclasses.replace(PAIR, hop=2),
+    "2 + 2": dataclasses.replace(PAIR, attention_workers=2, expert_workers=2),
+    "3 + 1, hop 2": dataclasses.replace(PAIR, attention_workers=3, hop=2),
+    "1 + 3": dataclasses.replace(PAIR, expert_workers=3),
+    "two stages": dataclasses.replace(PAIR, stages=2),
+    "twin in chunks": CHUNKED,
+    "interleaved twin": INTERLEAVED,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_traces_for_the_cpu():
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def compiled(split: SplitConfig):
+    """(program in text form, stepper) on absent H100s."""
+    config = bfloat16_config(split)
+    config.batch = dataclasses.replace(config.batch, micro_batches=6)
+    program, stepper = dry_run.compile_for_gpus(config, absent.H100)
+    return program.as_text(), stepper
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_loop_updates_in_place_and_hides_its_transfers(split):
+    text, stepper = compiled(split)
+    # The kernels are those of the GPU, not of this machine.
+    assert "mosaic_gpu" in text and "cudnn" in text
+    buffers = loop_buffers(stepper)
+    rows = buffers["expert row gradients" if split.colocated else "row gradients"]
+    assert rows in text and buffers["stash"] in text
+
+    def size(shape):
+        return math.prod(int(n) for n in re.search(r"\[([\d,]+)\]", shape).group(1).split(","))
+
+    # Rows are seen in several shapes: no copy may be as large as they, whatever its shape.
+    least = min(size(rows), size(buffers["stash"]))
+    copied = [found.group(1) for found in COPY.finditer(text) if "," in found.group(1)]
+    assert not [shape for shape in copied if size(shape) >= least]
+    steady = overlap.check_program(text, split)
+    if not split.colocated:
+        # Forward and backward, one permute for each round.
+        assert len(steady) == 2 * stepper.meshes.placement.rounds
+
+
+def test_a_blocking_twin_hides_nothing():
+    """The check can fail."""
+    with pytest.raises(overlap.RunError, match="must span a conditional"):
+        overlap.check_program(compiled(TWIN)[0], TWIN)
+
+
+def test_memory_is_what_a_gpu_had_in_use():
+    """Of the balanced shape on two H100, the most that was in use (benchmarks/README.md)."""
+    from configs import balanced
+    from disag_jax.planner.hardware import load
+
+    found = dry_run.dry_run(balanced.get_config(), load("h100x2_nvlink"))
+    assert found.compiler == "GPU" and not target.is_gpu()
+    gib = {kind: size / 2**30 for kind, size in found.needed.items()}
+    measured = {"attention worker": 28.7, "expert worker": 64.7}
+    assert gib == pytest.approx(measured, rel=0.05)
+    predicted = {k: m.total / 2**30 for k, m in found.prediction.memory.items()}
+    assert predicted == pytest.approx(measured, rel=0.05)
