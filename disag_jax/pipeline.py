@@ -276,18 +276,24 @@ def _jit_on_union(pipeline, meshes: Meshes, schedule: Schedule, out_specs, buffe
     )
 
 
-def _compiler_options(meshes: Meshes, hop: int) -> dict | None:
-    """XLA's options for a pipeline on GPUs: a transfer has all its rounds under way at once.
+def _compiler_options(meshes: Meshes, hop: int) -> dict:
+    """XLA's options for a pipeline on GPUs; what the environment sets stays.
 
-    XLA's scheduler keeps one collective under way, and would wait for each round but the last
-    before the phase that hides it. With more than the rounds it begins some within the phase.
+    A transfer has all its rounds under way at once: XLA's scheduler keeps one collective under way,
+    and would wait for each round but the last before the phase that hides it. With more than the
+    rounds it begins some within the phase.
+
+    Nothing is computed again: XLA counts what a loop changes in place several times, and would save
+    memory that is there.
     """
-    placement, option = meshes.placement, runtime.COLLECTIVES_AT_ONCE
-    on_gpus = meshes.union.devices.flat[0].platform == "gpu"
-    if placement.colocated or not on_gpus or runtime.is_set(f"--{option}"):
-        return None
-    # With hop 2 a forward transfer is under way together with each backward one.
-    return {option: placement.rounds * hop}
+    placement = meshes.placement
+    if meshes.union.devices.flat[0].platform != "gpu":
+        return {}
+    options = {runtime.PASSES_LEFT_OUT: "rematerialization"}
+    if not placement.colocated:
+        # With hop 2 a forward transfer is under way together with each backward one.
+        options[runtime.COLLECTIVES_AT_ONCE] = placement.rounds * hop
+    return {name: value for name, value in options.items() if not runtime.is_set(f"--{name}")}
 
 
 def _scales(geometry: Geometry, batch: Batch):

@@ -31,9 +31,9 @@ SOCKETS = {
 NETWORKS = {"default": {}, "sockets": SOCKETS}
 NETWORK_HELP = "sockets makes NCCL use loopback sockets, a slow network, on one machine"
 DETERMINISTIC_FLAGS = {"--xla_gpu_deterministic_ops": "true"}
-# Each pipeline sets this one for itself, unless the environment does: what fits it depends on the
-# split.
+# Each pipeline sets these for itself, where the environment does not.
 COLLECTIVES_AT_ONCE = "xla_gpu_experimental_parallel_collective_overlap_limit"
+PASSES_LEFT_OUT = "xla_disable_hlo_passes"
 
 
 def start(cpu_devices: int, *, deterministic: bool = False, network: str = "default"):

@@ -3,6 +3,7 @@
 In an environment with requirements.txt: python -m pytest -m gpu_program
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -54,6 +55,8 @@ def test_loop_updates_in_place_and_hides_its_transfers(split):
     text, stepper = compiled(split)
     # The kernels are those of the GPU, not of this machine.
     assert "mosaic_gpu" in text and "cudnn" in text
+    # What XLA decided to compute again has this in its name.
+    assert ".remat" not in text
     buffers = loop_buffers(stepper)
     rows = buffers["expert row gradients" if split.colocated else "row gradients"]
     assert rows in text and buffers["stash"] in text
@@ -67,8 +70,9 @@ def test_loop_updates_in_place_and_hides_its_transfers(split):
     assert not [shape for shape in copied if size(shape) >= least]
     steady = overlap.check_program(text, split)
     if not split.colocated:
-        # Forward and backward, one permute for each round.
-        assert len(steady) == 2 * stepper.meshes.placement.rounds
+        # In each loop, forward and backward, one permute for each round.
+        loops = collections.Counter(transfer.computation for transfer in steady)
+        assert set(loops.values()) == {2 * stepper.meshes.placement.rounds}
 
 
 def test_a_blocking_twin_hides_nothing():

@@ -75,6 +75,7 @@ print(options.xla_cpu_enable_fast_math)
 def test_boolean_flags_are_read_as_xla_reads_them(environment, given, on):
     environment.setenv("XLA_FLAGS", given.format(SEEN, SEEN))
     assert runtime.is_on(SEEN) is on
+    assert runtime.is_set(SEEN) is (SEEN in given.format(SEEN, SEEN).replace("=", " ").split())
     assert not runtime.is_on("--xla_cpu_enable_fast") and not runtime.is_on("--xla")
     ours = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
