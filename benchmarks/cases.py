@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import faulthandler
 import gc
 import json
 import pathlib
@@ -25,6 +26,9 @@ from disag_jax.step import Stepper
 from mesh.placement import Meshes
 
 WARM_UP, STEPS = 2, 3
+
+# Longer than this no case takes that ends: the process is ended, and says where it was.
+CASE_SECONDS = 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +109,16 @@ def run(cases: list, out: pathlib.Path, seconds: float, threads: int) -> tuple[l
 
     As many programs as there are `threads` are compiled at once and then measured one after the
     other: what is compiled beside a measurement would disturb it. No case begins after `seconds`.
+    One that does not end in `CASE_SECONDS` ends the process, and is not tried again with the same
+    `out`.
     """
     began = time.perf_counter()
-    results = json.loads(out.read_text()) if out.exists() else []
-    done = {(result["group"], result["name"]) for result in results}
+    kept = json.loads(out.read_text()) if out.exists() else []
+    done = {(result["group"], result["name"]) for result in kept}
     waiting = [case for case in cases if (case.group, case.name) not in done]
-    missing = []
+    results = [result for result in kept if "seconds" in result]
+    stuck = [result for result in kept if "seconds" not in result]
+    missing = [f"{one['group']}: {one['name']} did not end in an earlier run" for one in stuck]
     while waiting and time.perf_counter() - began < seconds:
         together, waiting = waiting[:threads], waiting[threads:]
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -119,13 +127,17 @@ def run(cases: list, out: pathlib.Path, seconds: float, threads: int) -> tuple[l
         while together and time.perf_counter() - began < seconds:
             case = together.pop(0)
             name = f"{case.group}: {case.name}"
+            begun = {"group": case.group, "name": case.name}
+            out.write_text(json.dumps([*results, *stuck, begun], indent=1))
+            faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
             try:
                 results.append(measure(case, steppers.pop(0)))
-                out.write_text(json.dumps(results, indent=1))
                 outcome = f"{results[-1]['seconds']:.3f} s"
             except jax.errors.JaxRuntimeError as error:  # such as too little memory
                 outcome = f"failed: {str(error).splitlines()[0]}"
                 missing.append(f"{name} {outcome}")
+            faulthandler.cancel_dump_traceback_later()
+            out.write_text(json.dumps([*results, *stuck], indent=1))
             print(f"{time.perf_counter() - began:.0f} s  {name}: {outcome}", flush=True)
             # The next one needs the memory.
             gc.collect()

@@ -1,6 +1,8 @@
 """Measuring cases: what is gone on with, what there is no time for, whose losses must agree."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -74,6 +76,31 @@ def test_a_case_that_fails_is_said_and_the_others_are_measured(measured, tmp_pat
     monkeypatch.setattr(cases_lib, "measure", works)
     results, missing = cases_lib.run(cases, out, seconds=60, threads=2)
     assert len(results) == 3 and missing == ""
+
+
+def test_a_case_that_does_not_end_ends_the_process_and_is_left_out_next_time(measured, tmp_path):
+    out = tmp_path / "out.json"
+    script = f"""
+import pathlib, time
+from benchmarks import cases
+from tests.test_cases import case
+cases.CASE_SECONDS = 1
+cases.stepper_of = lambda one: one.name
+def measure(one, stepper):
+    time.sleep(60 if one.name == "split 1" else 0)
+    return {{"group": one.group, "name": one.name, "seconds": 0.5}}
+cases.measure = measure
+cases.run([case(number) for number in range(3)], pathlib.Path({str(out)!r}), 60, 1)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode == 1 and "in measure" in found.stderr, found.stderr[-2000:]
+    results, missing = cases_lib.run([case(n) for n in range(3)], out, seconds=60, threads=1)
+    assert [r["name"] for r in results] == ["split 0", "split 2"] and measured == ["split 2"]
+    assert missing == "group 0: split 1 did not end in an earlier run"
+    # It is said again, and what there is stays.
+    assert cases_lib.run([case(n) for n in range(3)], out, 60, 1) == (results, missing)
 
 
 def test_losses_are_compared_where_the_keys_are_equal():
