@@ -274,11 +274,11 @@ class _PhaseBench:
     def _start(self, phases):
         """((message and cotangent to take in, stash), needs): one layer forward in both roles."""
         outbox, _ = phases.empty_boxes()
-        stash, stats = phases.pool.zeros(), phases.zero_stats()
+        empty, stash, stats = outbox, phases.pool.zeros(), phases.zero_stats()
         for role in Role:
             inbox = phases.transport.send_forward(outbox)
             entry = self._entry(phases, role, jnp.int32(0))
-            outbox, stash, stats = phases.forward(inbox, entry, stash, stats)
+            outbox, stash, stats = phases.forward(inbox, empty, entry, stash, stats)
             if role is Role.ATTENTION:
                 received = phases.transport.send_forward(outbox)
         finished = phases.transport.send_forward(outbox)
@@ -297,8 +297,7 @@ class _PhaseBench:
         inbox, _, stash = state
 
         def phase(index, carry):
-            _, stash, stats = carry
-            return phases.forward(inbox, self._entry(phases, role, index % 2), stash, stats)
+            return phases.forward(inbox, carry[0], self._entry(phases, role, index % 2), *carry[1:])
 
         def result(carry):
             outbox, stash, stats = carry
@@ -310,8 +309,9 @@ class _PhaseBench:
         _, cotangent, stash = state
 
         def phase(index, carry):
-            _, grads = carry
-            return phases.backward(cotangent, self._entry(phases, role, index % 2), stash, grads)
+            outbox, grads = carry
+            entry = self._entry(phases, role, index % 2)
+            return phases.backward(cotangent, outbox, entry, stash, grads)
 
         def result(carry):
             outbox, grads = carry

@@ -51,7 +51,8 @@ class ColocatedPhases(Phases):
         hidden = jnp.zeros((self.geometry.T, self.geometry.D), self.geometry.compute_dtype)
         return hidden, hidden
 
-    def forward(self, inbox, entry: Entry, stash, stats: Stats):
+    def forward(self, inbox, outbox, entry: Entry, stash, stats: Stats):
+        del outbox
         chunks, stash, stats = self._attend(inbox, entry, stash, stats)
 
         def experts(chunk, words, stash, stats):
@@ -64,17 +65,19 @@ class ColocatedPhases(Phases):
             stash, stats = self._regroup(arrived, entry, stash, stats)
         return self._combine(finished), stash, stats
 
-    def backward(self, inbox, entry: Entry, stash, grads: Grads):
+    def backward(self, inbox, outbox, entry: Entry, stash, grads: Grads):
+        del outbox
         words, grads = self._back_through_experts(inbox, entry, stash, grads)
         return self._attend_back(words, entry, stash, grads)
 
-    def cool_down(self, inbox, entry: Entry, stash, grads: Grads):
+    def cool_down(self, inbox, outbox, entry: Entry, stash, grads: Grads):
         """As `backward`, on the only stage and with no forward phase beside it.
 
         In the last micro-batch, the attention gradients of the layer above, complete since the
         period before, are summed over the workers under this layer's attention, where the link is
         idle.
         """
+        del outbox
         config = self.geometry.config
         words, grads = self._back_through_experts(inbox, entry, stash, grads)
         above = entry.layer_row + 1
@@ -246,7 +249,7 @@ class ColocatedPhases(Phases):
     def _finished(self, inbox):
         return inbox
 
-    def _send_back(self, inbox, dh_TD):
+    def _send_back(self, inbox, outbox, dh_TD):
         return dh_TD
 
 

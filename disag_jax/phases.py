@@ -141,11 +141,11 @@ class Phases:
       transport: moves what passes from period to period.
       sender: the rank by which an attention unit finds its receivers' slots.
       empty_boxes(): (forward, backward) values of what passes, to start with.
-      forward(inbox, entry, stash, stats): runs this worker's forward work of a period; returns
-        (outbox, stash, stats).
-      backward(inbox, entry, stash, grads): the backward work; returns (outbox, grads).
+      forward(inbox, outbox, entry, stash, stats): runs this worker's forward work of a period;
+        returns (outbox, stash, stats). `outbox` is memory for the result: one that was sent.
+      backward(inbox, outbox, entry, stash, grads): the backward work; returns (outbox, grads).
       _finished(inbox): the last hidden states [T, D] in a forward inbox.
-      _send_back(inbox, dh_TD): the backward outbox for their gradient.
+      _send_back(inbox, outbox, dh_TD): the backward outbox for their gradient.
     """
 
     def __init__(self, geometry: Geometry, schedule: Schedule, expert_chunks: int = 1):
@@ -306,7 +306,10 @@ class Phases:
             head,
         )
         is_owner = self.me.plays[Role.ATTENTION] & (self.me.stage == self.shared_loss.owner_stage)
-        return jnp.where(is_owner, self._send_back(inbox, dh_TD), outbox), head, nll + share
+        (outbox,) = update_if(
+            is_owner, lambda outbox: (self._send_back(inbox, outbox, dh_TD),), outbox
+        )
+        return outbox, head, nll + share
 
 
 def add_sorted(stats: Stats, unit: ExpertUnit, needed) -> Stats:

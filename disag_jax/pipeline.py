@@ -48,11 +48,12 @@ class Carry(NamedTuple):
     Co-located, hidden states take the place of boxes.
 
     inbox_f, outbox_f: forward messages received and made; inbox_b, outbox_b: backward ones. With
-    hop 1 only inbox_f and outbox_b outlive a period, the other two are None.
+    hop 1 outbox_f was sent already and is only memory for the next message, and inbox_b, which does
+    not outlive a period, is None.
     """
 
     inbox_f: jax.Array
-    outbox_f: jax.Array | None
+    outbox_f: jax.Array
     inbox_b: jax.Array | None
     outbox_b: jax.Array
     stash: jax.Array
@@ -90,7 +91,7 @@ class Loop:
         two_hops = self.schedule.hop == 2
         return Carry(
             inbox_f=message,
-            outbox_f=message if two_hops else None,
+            outbox_f=message,
             inbox_b=cotangent if two_hops else None,
             outbox_b=cotangent,
             stash=phases.pool.zeros(),
@@ -109,13 +110,14 @@ class Loop:
         inbox_b = self._send_backward(carry.outbox_b) if backward else None
         after = carry
         if forward:
-            outbox_f, after = self._forward_phase(carry.inbox_f, row, after)
-            after = after._replace(inbox_f=self._send_forward(outbox_f))
+            outbox_f, after = self._forward_phase(carry.inbox_f, carry.outbox_f, row, after)
+            after = after._replace(outbox_f=outbox_f, inbox_f=self._send_forward(outbox_f))
         if backward:
             run = self.phases.backward
             if not forward and sums_rows_early(self.phases.geometry.config):
                 run = self.phases.cool_down
-            outbox_b, after = self._backward_phase(inbox_b, carry.inbox_f, row, after, run)
+            boxes = (inbox_b, carry.outbox_b)
+            outbox_b, after = self._backward_phase(boxes, carry.inbox_f, row, after, run)
             after = after._replace(outbox_b=outbox_b)
         return after
 
@@ -139,34 +141,37 @@ class Loop:
     def _period_of_two_hops(self, carry: Carry, row, forward: bool, backward: bool) -> Carry:
         # The last forward message is still under way when the cool-down begins.
         after = carry._replace(inbox_f=self._send_forward(carry.outbox_f))
+        # What was made before is under way now: the next messages need memory of their own.
         if forward:
-            outbox_f, after = self._forward_phase(carry.inbox_f, row, after)
+            outbox_f = jnp.zeros_like(carry.outbox_f)
+            outbox_f, after = self._forward_phase(carry.inbox_f, outbox_f, row, after)
             after = after._replace(outbox_f=outbox_f)
         if backward:
             after = after._replace(inbox_b=self._send_backward(carry.outbox_b))
+            boxes = (carry.inbox_b, jnp.zeros_like(carry.outbox_b))
             outbox_b, after = self._backward_phase(
-                carry.inbox_b, carry.inbox_f, row, after, self.phases.backward
+                boxes, carry.inbox_f, row, after, self.phases.backward
             )
             after = after._replace(outbox_b=outbox_b)
         return after
 
-    def _forward_phase(self, inbox_f, row, carry: Carry):
+    def _forward_phase(self, inbox_f, outbox_f, row, carry: Carry):
         forward, _, _ = row
         outbox_f, stash, stats = self.phases.forward(
-            inbox_f, self._entry(forward), carry.stash, carry.stats
+            inbox_f, outbox_f, self._entry(forward), carry.stash, carry.stats
         )
         return outbox_f, carry._replace(stash=stash, stats=stats)
 
-    def _backward_phase(self, inbox_b, inbox_f, row, carry: Carry, run):
+    def _backward_phase(self, boxes, inbox_f, row, carry: Carry, run):
         """The backward unit and the loss, or only the loss when no gradients are wanted.
 
-        run: the phases' method for the unit.
+        boxes: what arrived, and memory for what is made; run: the phases' method for the unit.
         """
         _, backward, loss = row
         if carry.grads is None:
             stats = self.phases.loss_forward(inbox_f, loss, carry.stats)
             return carry.outbox_b, carry._replace(stats=stats)
-        outbox_b, grads = run(inbox_b, self._entry(backward), carry.stash, carry.grads)
+        outbox_b, grads = run(*boxes, self._entry(backward), carry.stash, carry.grads)
         return self._loss(inbox_f, outbox_b, row, carry._replace(grads=grads))
 
     def _loss(self, inbox_f, outbox_b, row, carry: Carry):

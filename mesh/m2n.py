@@ -106,20 +106,12 @@ def pick_slots(words, rank, num_senders: int):
     `rank` (traced) is the expert rank. The result is in the senders' order, except that where every
     slot has a sender nothing moves.
     """
-    rounds = words.shape[0]
+    slots = picked_slots(rank, num_senders, rounds=words.shape[0])
+    return words if slots is None else words[slots]
+
+
+def picked_slots(rank, num_senders: int, rounds: int):
+    """Where in R slots those lie that `pick_slots` returns: int32 [M], None for where they are."""
     if num_senders == rounds:
-        return words
-    return words[_sender_slots(rank, num_senders, rounds)]
-
-
-def place_slots(words, rank, rounds: int):
-    """The inverse of `pick_slots`: [M, ...] -> [R, ...], zeros in slots without a sender."""
-    num_senders = words.shape[0]
-    if num_senders == rounds:
-        return words
-    slots = _sender_slots(rank, num_senders, rounds)
-    return jnp.zeros((rounds, *words.shape[1:]), words.dtype).at[slots].set(words)
-
-
-def _sender_slots(rank, num_senders: int, rounds: int):
+        return None
     return slot_of_receiver(jnp.arange(num_senders), rank, rounds)

@@ -28,14 +28,28 @@ class WordCodec:
 
     def encode(self, tree):
         """Leaves [..., *shape] to words [..., num_words]."""
-        leaves, treedef = jax.tree.flatten(tree)
-        assert treedef == self.treedef, (treedef, self.treedef)
-        parts = []
-        for leaf, spec in zip(leaves, self.leaves, strict=True):
-            lead = leaf.shape[: leaf.ndim - len(spec.shape)]
-            assert leaf.shape == lead + spec.shape and leaf.dtype == spec.dtype, (leaf, spec)
-            parts.append(self._to_words(leaf).reshape(*lead, -1))
-        return jnp.concatenate(parts, axis=-1)
+        return jnp.concatenate(self._parts(tree), axis=-1)
+
+    def write(self, words, tree, rows=None):
+        """`encode` of leaves [R, *shape] into words [R, num_words], which lose what they held.
+
+        rows: int32 [M] (traced), the rows of words that leaves [M, *shape] go to; the others stay.
+        XLA does it in place, also in a conditional, where an array made anew would be copied.
+        """
+        parts, largest = self._parts(tree), int(np.argmax(self.sizes))
+        offset = 0
+        # The largest goes straight from what makes it to its place; the others are few bytes.
+        for several in (parts[:largest], parts[largest : largest + 1], parts[largest + 1 :]):
+            if not several:
+                continue
+            piece = jnp.concatenate(several, axis=-1)
+            if rows is None:
+                words = lax.dynamic_update_slice(words, piece, (0, offset))
+            else:
+                for one, row in zip(piece[:, None], rows, strict=True):
+                    words = lax.dynamic_update_slice(words, one, (row, offset))
+            offset += piece.shape[-1]
+        return words
 
     def decode(self, words):
         """Words [..., num_words] (or longer) back to a tree of leaves [..., *shape]."""
@@ -45,6 +59,17 @@ class WordCodec:
             leaves.append(self._from_words(part, spec).reshape(*lead, *spec.shape))
             offset += size
         return jax.tree.unflatten(self.treedef, leaves)
+
+    def _parts(self, tree) -> list:
+        """Words [..., size] of each leaf."""
+        leaves, treedef = jax.tree.flatten(tree)
+        assert treedef == self.treedef, (treedef, self.treedef)
+        parts = []
+        for leaf, spec in zip(leaves, self.leaves, strict=True):
+            lead = leaf.shape[: leaf.ndim - len(spec.shape)]
+            assert leaf.shape == lead + spec.shape and leaf.dtype == spec.dtype, (leaf, spec)
+            parts.append(self._to_words(leaf).reshape(*lead, -1))
+        return parts
 
     def zeros(self, *lead):
         """Words of a tree of zeros."""
