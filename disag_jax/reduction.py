@@ -221,9 +221,16 @@ def _norms(geometry: Geometry, rows, vocabulary) -> dict:
     attention, expert = (
         (rows[role.label] if geometry.placement.colocated else rows) for role in Role
     )
-    own = jnp.ones((expert.shape[1],), bool)
-    for columns in _shared_columns(geometry):
-        own = own.at[columns].set(me.rank[Role.EXPERT] == 0)
+    shared = _shared_columns(geometry)
+    edges = [0, *(edge for c in shared for edge in (c.start, c.stop)), expert.shape[1]]
+    assert edges == sorted(edges)
+    own = [slice(*ends) for ends in zip(edges[::2], edges[1::2], strict=True)]
+
+    # By ranges: a mask's zeros would be an array as large as all rows, which XLA keeps from the
+    # step's beginning, where gradients are zeros too.
+    def sum_of_squares(columns):
+        return sum((jnp.sum(expert[:, c] ** 2) for c in columns), jnp.zeros((), expert.dtype))
+
     is_replica_0 = me.replica == 0
     counts_attention = me.plays[Role.ATTENTION] & (me.rank[Role.ATTENTION] == 0)
     counts_expert = me.plays[Role.EXPERT] & (me.expert_copy == 0)
@@ -231,7 +238,9 @@ def _norms(geometry: Geometry, rows, vocabulary) -> dict:
     squares = {
         "attention": jnp.where(is_replica_0 & counts_attention, jnp.sum(attention**2), 0),
         "expert": jnp.where(
-            is_replica_0 & counts_expert, jnp.sum(jnp.where(own, expert, 0) ** 2), 0
+            is_replica_0 & counts_expert,
+            sum_of_squares(own) + jnp.where(me.rank[Role.EXPERT] == 0, sum_of_squares(shared), 0),
+            0,
         ),
         "vocabulary": jnp.sum(vocabulary["embedding"] ** 2)
         + jnp.sum(vocabulary["head"] ** 2)

@@ -12,8 +12,9 @@ from jax.experimental import topologies
 # The version of CUDA that each is for.
 CUDA_PLUGINS = {"jax_plugins.xla_cuda13": "13.0.0", "jax_plugins.xla_cuda12": "12.8.0"}
 
-# For `compile(compiler_options=...)`: there is nothing to try kernels on.
-UNTUNED = {"xla_gpu_autotune_level": 0}
+# For `compile(compiler_options=...)`: there is nothing to try kernels on, and of dense products
+# only the library's have a choice that needs no trying.
+UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 TARGET = """
 gpu_device_info {{

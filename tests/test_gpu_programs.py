@@ -5,15 +5,18 @@ In an environment with requirements.txt: python -m pytest -m gpu_program
 
 import collections
 import dataclasses
+import importlib
 import math
 import re
 
 import jax
 import pytest
 
+from configs import balanced
 from disag_jax import dry_run, overlap
 from disag_jax.config import SplitConfig
 from disag_jax.pipeline import make_phases
+from disag_jax.planner.hardware import load
 from layers import target
 from mesh import absent
 from tests.test_compiled import COPY, loop_buffers
@@ -89,13 +92,23 @@ def test_a_blocking_twin_hides_nothing():
 
 def test_memory_is_what_a_gpu_had_in_use():
     """Of the balanced shape on two H100, the most that was in use (benchmarks/README.md)."""
-    from configs import balanced
-    from disag_jax.planner.hardware import load
-
     found = dry_run.dry_run(balanced.get_config(), load("h100x2_nvlink"))
     assert found.compiler == "GPU" and not target.is_gpu()
     gib = {kind: size / 2**30 for kind, size in found.needed.items()}
     measured = {"attention worker": 28.7, "expert worker": 64.7}
     assert gib == pytest.approx(measured, rel=0.05)
-    predicted = {k: m.total / 2**30 for k, m in found.prediction.memory.items()}
-    assert predicted == pytest.approx(measured, rel=0.05)
+    assert planned(found) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["deepseek_moe_16b", "gpt_oss_120b", "qwen3_235b"])
+def test_the_planner_counts_the_memory_that_the_compiler_does(name):
+    """Of 16, 64 and 128 GPUs; DeepSeek's shared experts are summed and counted apart."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    found = dry_run.dry_run(config, load("h800"))
+    counted = {kind: size / 2**30 for kind, size in found.needed.items()}
+    assert planned(found) == pytest.approx(counted, rel=0.05)
+
+
+def planned(found: dry_run.DryRun) -> dict[str, float]:
+    """GiB of each kind of worker by the planner's count."""
+    return {kind: memory.total / 2**30 for kind, memory in found.prediction.memory.items()}
