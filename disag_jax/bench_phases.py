@@ -22,7 +22,13 @@ from disag_jax.dispatch import Cotangent
 from disag_jax.geometry import Bucket, buckets, make_geometry
 from disag_jax.overlap import transfers
 from disag_jax.phases import Entry
-from disag_jax.pipeline import EVERYWHERE, PER_WORKER, VOCABULARY_SPECS, make_phases
+from disag_jax.pipeline import (
+    EVERYWHERE,
+    PER_WORKER,
+    VOCABULARY_SPECS,
+    compiler_options,
+    make_phases,
+)
 from disag_jax.reduction import gather_weights
 from disag_jax.schedule import IDLE, schedule_of
 from disag_jax.timing import Figure, time_calls, time_iterations
@@ -256,7 +262,8 @@ class _PhaseBench:
             jax.shard_map(
                 run, mesh=self.meshes.union, in_specs=in_specs, out_specs=PER_WORKER,
                 check_vma=False,
-            )
+            ),
+            compiler_options=compiler_options(self.meshes, self.config.split.hop),
         )  # fmt: skip
 
     def _phases(self):

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from disag_jax.config import Config
 from disag_jax.geometry import placement_of
-from disag_jax.pipeline import EVERYWHERE, PER_WORKER
+from disag_jax.pipeline import EVERYWHERE, PER_WORKER, compiler_options
 from disag_jax.timing import Figure, time_iterations
 from disag_jax.training import make_meshes
 from mesh.m2n import RingTransport, exchange_in_group
@@ -69,7 +69,8 @@ def _calls(meshes: Meshes, send, num_slots: int):
             in_specs=(PER_WORKER, EVERYWHERE),
             out_specs=PER_WORKER,
             check_vma=False,
-        )
+        ),
+        compiler_options=compiler_options(meshes, hop=1),
     )
     for size in SLOT_MIB:
         num_bytes = int(size * MIB)

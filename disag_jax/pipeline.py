@@ -277,11 +277,11 @@ def _jit_on_union(pipeline, meshes: Meshes, schedule: Schedule, out_specs, buffe
         ),
         donate_argnums=range(len(in_specs), len(in_specs + buffers)),
         keep_unused=True,
-        compiler_options=_compiler_options(meshes, schedule.hop),
+        compiler_options=compiler_options(meshes, schedule.hop),
     )
 
 
-def _compiler_options(meshes: Meshes, hop: int) -> dict:
+def compiler_options(meshes: Meshes, hop: int) -> dict:
     """XLA's options for a pipeline on GPUs; what the environment sets stays.
 
     A transfer has all its rounds under way at once: XLA's scheduler keeps one collective under way,
