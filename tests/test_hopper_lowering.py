@@ -1,17 +1,20 @@
 """The Hopper kernels lower for CUDA where there is no GPU; tests/test_gpu.py runs them."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from layers import grouped_matmul_hopper, hopper
+from layers import grouped_matmul_hopper, target
 
 EXPERTS, ROWS, INNER, OUTER = 4, 1024, 256, 384
 
 
 @pytest.fixture(autouse=True)
-def processors_of_an_h100(monkeypatch):
-    monkeypatch.setattr(hopper, "num_processors", lambda: 132)
+def made_for_an_h100():
+    with target.made_for(types.SimpleNamespace(platform="gpu", core_count=132)):
+        yield
 
 
 def lowered_kernels(function, **shapes) -> int:
