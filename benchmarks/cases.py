@@ -136,8 +136,10 @@ def run(cases: list, out: pathlib.Path, seconds: float, threads: int) -> tuple[l
             except jax.errors.JaxRuntimeError as error:  # such as too little memory
                 outcome = f"failed: {str(error).splitlines()[0]}"
                 missing.append(f"{name} {outcome}")
-            faulthandler.cancel_dump_traceback_later()
-            out.write_text(json.dumps([*results, *stuck], indent=1))
+            finally:
+                # Also where a case ends the benchmark: only one that hangs stays begun.
+                faulthandler.cancel_dump_traceback_later()
+                out.write_text(json.dumps([*results, *stuck], indent=1))
             print(f"{time.perf_counter() - began:.0f} s  {name}: {outcome}", flush=True)
             # The next one needs the memory.
             gc.collect()
