@@ -7,12 +7,18 @@ all of it when the first device is asked for.
 import os
 import shlex
 
-# Of GPUs. XLA ends a process that sets a flag it does not know: only flags of all versions that the
-# requirements admit.
+import jaxlib.version
+
+# Of GPUs. XLA ends a process that sets a flag it does not know: only flags of the version that is
+# there.
 GPU_FLAGS = {
     # Chosen by XLA on most GPUs, but not where a program has a collective it cannot estimate.
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
 }
+if jaxlib.version.__version_info__ >= (0, 11):
+    # With it, the memory that the temporaries of a step leave serves every small buffer before the
+    # free memory behind it does, and those of the next step find no place in one piece.
+    GPU_FLAGS["--xla_gpu_enable_allocator_spatial_partitioning"] = "false"
 GPU_ENVIRONMENT = {
     # JAX takes three quarters by default; nothing else runs on a training GPU.
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
