@@ -284,7 +284,10 @@ class ExpertUnit:
     def finish(self, params, message: Message, received: ExpertStash):
         """As `forward` after `receive`: (Message, ExpertStash); finds products that were kept."""
         y, computed = self._experts(params, received.x, received.gate, received)
-        stash = received._replace(products=self._choose_kept(computed.outputs))
+        products = received.products
+        if not products:
+            products = self._choose_kept({"gate_up": jnp.stack(computed.outputs["gate_up"])})
+        stash = received._replace(products=products)
         return message._replace(x=y.reshape(message.x.shape)), stash
 
     def backward(self, params, stash: ExpertStash, dy):
@@ -293,8 +296,8 @@ class ExpertUnit:
         The gradients of the experts' weights are `WeightGradient`s: factors of a product.
         """
         g = self.geometry
-        shapes = {"gate_up": (2, g.P, g.config.model.expert_width), "down": (g.P, g.D)}
-        taps = {name: jnp.zeros(shape, g.compute_dtype) for name, shape in shapes.items()}
+        wide_PF = jnp.zeros((g.P, g.config.model.expert_width), g.compute_dtype)
+        taps = {"gate_up": (wide_PF, wide_PF), "down": jnp.zeros((g.P, g.D), g.compute_dtype)}
         scale = params[POST_NORM]["scale"]
 
         def outputs(scale, x_nD, gate_nK, taps):
@@ -305,16 +308,13 @@ class ExpertUnit:
         _, vjp, computed = jax.vjp(outputs, scale, stash.x, stash.gate, taps, has_aux=True)
         dscale, dx, dgate, doutputs = vjp(dy.reshape(-1, g.D))
 
-        def gradient(name, which):
-            dy_JPB = doutputs[name].reshape(-1, *doutputs[name].shape[-2:])
-            return WeightGradient(
-                computed.inputs[name], dy_JPB, which, stash.order.tile_expert, g.num_groups
-            )
+        def gradient(name, dy):
+            return WeightGradient(computed.inputs[name], dy, stash.order.tile_expert, g.num_groups)
 
         experts = {
-            "gate": gradient("gate_up", 0),
-            "up": gradient("gate_up", 1),
-            "down": gradient("down", 0),
+            "gate": gradient("gate_up", doutputs["gate_up"][0]),
+            "up": gradient("gate_up", doutputs["gate_up"][1]),
+            "down": gradient("down", doutputs["down"]),
         }
         dparams = {EXPERTS: experts, POST_NORM: {"scale": dscale}}
         return dparams, Cotangent(dx.reshape(g.M, g.C, g.D), dgate.reshape(g.M, g.C, g.K))
@@ -341,7 +341,7 @@ class ExpertUnit:
 
         def observed(name, product_of, rows):
             if name in stash.products:
-                product = recalled(product_of, stash.products[name], rows)
+                product = recalled(product_of, tuple(stash.products[name]), rows)
             else:
                 product = product_of(rows)
             computed.inputs[name], computed.outputs[name] = rows, product

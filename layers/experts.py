@@ -40,7 +40,7 @@ class Experts(nnx.Module):
             return grouped_matmul(rows, getattr(self, name)[...], order.tile_expert)
 
         def gate_up(rows):
-            return jnp.stack([product("gate", rows), product("up", rows)])
+            return product("gate", rows), product("up", rows)
 
         return apply_experts(gate_up, functools.partial(product, "down"), x_nD, gate_nK, order)
 
@@ -48,15 +48,15 @@ class Experts(nnx.Module):
 def apply_experts(gate_up, down, x_nD, gate_nK, order: ExpertOrder):
     """Returns [n, D]: the gated sum of each row's experts, zeros for a row without any.
 
-    gate_up: function of sorted rows [P, D] that returns their products [2, P, F] with their
-      experts' gate and up weights.
+    gate_up: function of sorted rows [P, D] that returns two arrays [P, F], their products with
+      their experts' gate and up weights.
     down: function of sorted rows [P, F] that returns their products [P, D] with the down weights.
     """
     x_PD = sort_rows(x_nD, order)
     with jax.named_scope("sort_rows"):
         gate_P1 = spread(gate_nK.reshape(-1, 1), order.pair, order.position.reshape(-1, 1))
     with jax.named_scope("gate_up"):
-        gated_PF, up_PF = _both(gate_up(x_PD))
+        gated_PF, up_PF = gate_up(x_PD)
     with jax.named_scope("swiglu"):
         # The gate is applied before `down`, so its gradient needs no output of the experts.
         # Source: Megatron-Core's memory-efficient permutation.
@@ -78,15 +78,3 @@ def sort_rows(x_nD, order: ExpertOrder):
 def _row_of_place(order: ExpertOrder):
     """The row that each place [P] holds, -1 = none."""
     return jnp.where(order.pair >= 0, order.pair // order.position.shape[1], -1)
-
-
-@jax.custom_vjp
-def _both(x_2PF):
-    """The two parts of an array.
-
-    Their gradients are written as one array, where autodiff would add two that are half zeros.
-    """
-    return x_2PF[0], x_2PF[1]
-
-
-_both.defvjp(lambda x_2PF: (_both(x_2PF), None), lambda _, parts: (jnp.stack(parts),))

@@ -4,7 +4,7 @@ Rows are sorted by expert and every expert's group is padded to whole tiles, so 
 belongs to one expert: a fast kernel is then the dense kernel with an indexed weight operand.
 
 Legend: n rows, K choices per row, P sorted rows (a multiple of the tile), E experts, A and B inner
-and outer width of their weights, N matrices of a stack, J matrices that share their rows.
+and outer width of their weights, N matrices of a stack, J = 1 or 2 weights of each expert.
 """
 
 import functools
@@ -144,7 +144,7 @@ class PairProduct(NamedTuple):
     def dense(self):
         """The products as an array."""
         with jax.named_scope("gate_up"):
-            return multiply_by_pair(*self)
+            return jnp.stack(multiply_by_pair(*self))
 
 
 class WeightGradient(NamedTuple):
@@ -154,21 +154,19 @@ class WeightGradient(NamedTuple):
 
     Attributes:
       x_PA: the rows.
-      dy_JPB: of the products of these rows with J weights.
-      which: of the J is meant, dy = dy_JPB[which].
+      dy_PB: of the rows' products.
       tile_expert: as in ExpertOrder.
       num_experts: E.
     """
 
     x_PA: jax.Array
-    dy_JPB: jax.Array
-    which: int
+    dy_PB: jax.Array
     tile_expert: jax.Array
     num_experts: int
 
     def adds_in_place(self, dtype) -> bool:
         """Whether `add_to` can be used, for sums of `dtype`; else there is `dense`."""
-        return _hopper_runs(self.x_PA, self.dy_JPB) and dtype == jnp.float32
+        return _hopper_runs(self.x_PA, self.dy_PB) and dtype == jnp.float32
 
     def add_to(self, sums_NAB, first):
         """The stack with the experts' products added from place `first` on, in place."""
@@ -176,10 +174,7 @@ class WeightGradient(NamedTuple):
 
     def dense(self, dtype):
         """The product as an array [E, A, B] of `dtype`, float32 or wider; slow on a GPU."""
-        dy_PB = self.dy_JPB[self.which]
-        return _portable_weight_gradient(
-            self.x_PA, dy_PB, self.tile_expert, self.num_experts, dtype
-        )
+        return _portable_weight_gradient(*self, dtype)
 
 
 def multiply_by_group(x_PA, weights: GroupWeights, tile_expert):
@@ -193,24 +188,27 @@ def multiply_by_group(x_PA, weights: GroupWeights, tile_expert):
 
 
 def multiply_by_pair(x_PA, weights: PairWeights, tile_expert):
-    """Returns [2, P, B]: as `multiply_by_group` with each of both weights."""
+    """Returns two arrays [P, B]: as `multiply_by_group` with each of both weights.
+
+    Its gradient takes two as well: made as one array, what makes them would be read twice.
+    """
     stack = lax.stop_gradient(weights.stack)
     return _multiply(weights.num_experts, x_PA, stack, weights.first_2, tile_expert)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(num_experts, x_PA, stack_NAB, first_J, tile_expert):
-    """Products [J, P, B] with J weights of each expert, J = 1 or 2."""
+    """The products [P, B] with each of J weights."""
     if _hopper_runs(x_PA, stack_NAB):
         kernels, static = _hopper(), {"num_experts": num_experts}
         if first_J.shape[0] == 2:
-            return kernels.rows_times_pair(x_PA, stack_NAB, first_J, tile_expert, **static)
+            return tuple(kernels.rows_times_pair(x_PA, stack_NAB, first_J, tile_expert, **static))
         y_PB = kernels.rows_times_weights(
-            x_PA[None], stack_NAB, first_J, tile_expert, **static, transpose=False
+            (x_PA,), stack_NAB, first_J, tile_expert, **static, transpose=False
         )
-        return y_PB[None]
+        return (y_PB,)
     weights = [GroupWeights(stack_NAB, first, num_experts).dense() for first in first_J]
-    return jnp.stack([_portable_matmul(x_PA, w_EAB, tile_expert) for w_EAB in weights])
+    return tuple(_portable_matmul(x_PA, w_EAB, tile_expert) for w_EAB in weights)
 
 
 def _multiply_forward(num_experts, x_PA, stack_NAB, first_J, tile_expert):
@@ -218,23 +216,23 @@ def _multiply_forward(num_experts, x_PA, stack_NAB, first_J, tile_expert):
     return _multiply(num_experts, x_PA, *saved), saved
 
 
-def _multiply_backward(num_experts, saved, dy_JPB):
-    return _input_gradient(num_experts, dy_JPB, *saved), None, None, None
+def _multiply_backward(num_experts, saved, dys):
+    return _input_gradient(num_experts, dys, *saved), None, None, None
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
-def _input_gradient(num_experts, dy_JPB, stack_NAB, first_J, tile_expert):
-    """The sum over J of each tile of dy times its expert's transposed weights: [P, A]."""
-    if _hopper_runs(dy_JPB, stack_NAB):
+def _input_gradient(num_experts, dys, stack_NAB, first_J, tile_expert):
+    """The sum over J of each tile of dy [P, B] times its expert's transposed weights: [P, A]."""
+    if _hopper_runs(*dys, stack_NAB):
         return _hopper().rows_times_weights(
-            dy_JPB, stack_NAB, first_J, tile_expert, num_experts=num_experts, transpose=True
+            dys, stack_NAB, first_J, tile_expert, num_experts=num_experts, transpose=True
         )
     weights = [GroupWeights(stack_NAB, first, num_experts).dense() for first in first_J]
     products = [
         _portable_matmul(dy_PB, jnp.swapaxes(w_EAB, 1, 2), tile_expert)
-        for dy_PB, w_EAB in zip(dy_JPB, weights, strict=True)
+        for dy_PB, w_EAB in zip(dys, weights, strict=True)
     ]
     return functools.reduce(jnp.add, products)
 
@@ -251,11 +249,11 @@ def _forward(x_PA, w_EAB, tile_expert):
 
 def _backward(saved, dy_PB):
     x_PA, w_EAB, tile_expert = saved
-    weights, dy_1PB = GroupWeights.of(w_EAB), dy_PB[None]
+    weights = GroupWeights.of(w_EAB)
     dx_PA = _input_gradient(
-        weights.num_experts, dy_1PB, weights.stack, weights.first[None], tile_expert
+        weights.num_experts, (dy_PB,), weights.stack, weights.first[None], tile_expert
     )
-    product = WeightGradient(x_PA, dy_1PB, 0, tile_expert, weights.num_experts)
+    product = WeightGradient(x_PA, dy_PB, tile_expert, weights.num_experts)
     dw_EAB = product.dense(accumulation_dtype(w_EAB.dtype))
     return dx_PA, dw_EAB.astype(w_EAB.dtype), None
 

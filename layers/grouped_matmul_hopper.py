@@ -6,7 +6,7 @@ inner dim runs over the expert's tiles. Weights are read, and their gradients su
 among other rows: nothing is copied out. Measured in benchmarks/README.md.
 
 Legend: P sorted rows, A inner width, B outer width, E experts, N matrices of a stack, S sources of
-a sum, J matrices that are multiplied with the same rows.
+a sum.
 """
 
 import functools
@@ -29,50 +29,43 @@ FETCH_STEP = 3  # when a block's first square of sums is fetched; as many steps 
 # Lowering a kernel takes half a second of Python: inside jit it is done once for all equal calls
 # of a program, of which a pipeline's has dozens.
 @functools.partial(jax.jit, static_argnames=("num_experts", "transpose"))
-def rows_times_weights(x_SPA, stack, first_S, tile_expert, *, num_experts: int, transpose: bool):
+def rows_times_weights(xs, stack, first_S, tile_expert, *, num_experts: int, transpose: bool):
     """Each tile of 128 rows times its expert's weights, summed over the sources: [P, B].
 
     Unspecified in unused tiles. The sum is made in the accumulator: it costs no pass over memory.
 
+    xs: rows [P, A] of each source, one or two.
     stack, first_S: expert e's weights for source s have the place first_S[s] + e. They are [A, B],
       or with `transpose` [B, A]. A must be a multiple of 64.
     """
-    num_sources, num_rows, inner = x_SPA.shape
+    num_rows, inner = xs[0].shape
     outer = stack.shape[1] if transpose else stack.shape[2]
-    assert num_rows % ROWS == 0 and inner % DEPTH == 0, (x_SPA.shape, stack.shape)
-    num_tiles, steps_per_source = num_rows // ROWS, inner // DEPTH
-    blocks = (num_tiles, pl.cdiv(outer, COLUMNS))
-    transforms = hopper.transforms(DEPTH, x_SPA.dtype)
+    assert num_rows % ROWS == 0 and inner % DEPTH == 0, (xs[0].shape, stack.shape)
+    sources, no_places = range(len(xs)), (0,) * len(xs)
+    blocks = (num_rows // ROWS, pl.cdiv(outer, COLUMNS))
+    transforms = hopper.transforms(DEPTH, xs[0].dtype)
 
-    def pipeline(body, compute_context, row_block=0, column_block=0, place_S=(0,)):
-        def rows_at(step):
-            source, k = divide(step)
-            return source * num_tiles + row_block, k
+    def pipeline(body, compute_context, row_block=0, column_block=0, place_S=no_places):
+        def weights(place):
+            if transpose:
+                shape, at = (COLUMNS, DEPTH), lambda k: (place, column_block, k)
+            else:
+                shape, at = (DEPTH, COLUMNS), lambda k: (place, k, column_block)
+            return hopper.spec((None, *shape), at, transforms)
 
-        def weights_at(step):
-            source, k = divide(step)
-            place = place_S[0]
-            for s in range(1, len(place_S)):
-                place = jnp.where(source == s, place_S[s], place)
-            return (place, column_block, k) if transpose else (place, k, column_block)
-
-        def divide(step):
-            count = jnp.int32(steps_per_source)
-            return lax.div(step, count), lax.rem(step, count)
-
-        weight_block = (COLUMNS, DEPTH) if transpose else (DEPTH, COLUMNS)
+        rows = hopper.spec((ROWS, DEPTH), lambda k: (row_block, k), transforms)
         return hopper.pipeline(
             body,
             compute_context,
-            steps=num_sources * steps_per_source,
-            concurrent_steps=STEPS,
-            in_specs=[
-                hopper.spec((ROWS, DEPTH), rows_at, transforms),
-                hopper.spec((None, *weight_block), weights_at, transforms),
-            ],
+            steps=inner // DEPTH,
+            # A step holds the operands of all sources.
+            concurrent_steps=STEPS // len(xs),
+            in_specs=[*(rows for _ in sources), *map(weights, place_S)],
         )
 
-    def multiply_by_group(tile_expert, tile_place, x, w, out):
+    def multiply_by_group(tile_expert, tile_place, *refs):
+        xs, w, out = refs[: len(sources)], refs[-2], refs[-1]
+
         def in_scope(allocations, staging):
             group = lax.axis_index("wg")
             columns = pl.ds(group * SIDE, SIDE)
@@ -83,11 +76,16 @@ def rows_times_weights(x_SPA, stack, first_S, tile_expert, *, num_experts: int, 
                     pl.ds(column_block * COLUMNS + group * SIDE, SIDE),
                 ]
 
-                def multiply(_, x_tile, w_tile, accumulators):
-                    weights = (
-                        w_tile.at[columns].transpose((1, 0)) if transpose else w_tile.at[:, columns]
-                    )
-                    plgpu.wgmma(accumulators[0], x_tile, weights)
+                def multiply(_, *tiles_and_accumulators):
+                    *tiles, accumulators = tiles_and_accumulators
+                    for s in sources:
+                        x_tile, w_tile = tiles[s], tiles[len(sources) + s]
+                        weights = (
+                            w_tile.at[columns].transpose((1, 0))
+                            if transpose
+                            else w_tile.at[:, columns]
+                        )
+                        plgpu.wgmma(accumulators[0], x_tile, weights)
                     plgpu.wgmma_wait(0)
                     return accumulators
 
@@ -99,9 +97,9 @@ def rows_times_weights(x_SPA, stack, first_S, tile_expert, *, num_experts: int, 
                 @pl.when(tile_expert[row_block] < num_experts)
                 def _():
                     context = hopper.on_accumulators(store, (SIDE, SIDE))
-                    place_S = [tile_place[s, row_block] for s in range(num_sources)]
+                    place_S = [tile_place[s, row_block] for s in sources]
                     pipeline(multiply, context, row_block, column_block, place_S)(
-                        x, w, allocations=allocations
+                        *xs, *(w for _ in sources), allocations=allocations
                     )
 
             hopper.for_each_block(blocks, block, STRIPE)
@@ -109,14 +107,13 @@ def rows_times_weights(x_SPA, stack, first_S, tile_expert, *, num_experts: int, 
 
         pl.run_scoped(
             in_scope,
-            pipeline(hopper.ignore, hopper.ignore).get_allocations(x, w),
+            pipeline(hopper.ignore, hopper.ignore).get_allocations(*xs, *(w for _ in sources)),
             hopper.staging(out.dtype),
             collective_axes="wg",
         )
 
-    out = jax.ShapeDtypeStruct((num_rows, outer), x_SPA.dtype)
-    rows = x_SPA.reshape(-1, inner)
-    operands = (tile_expert, first_S[:, None] + tile_expert, rows, stack)
+    out = jax.ShapeDtypeStruct((num_rows, outer), xs[0].dtype)
+    operands = (tile_expert, first_S[:, None] + tile_expert, *xs, stack)
     return hopper.call(multiply_by_group, operands, out)
 
 
@@ -218,8 +215,8 @@ def _rows_times_pair(first, x_PA, stack, first_2, tile_expert, num_experts: int)
 
 
 @functools.partial(jax.jit, static_argnames="num_experts")
-def add_weight_gradient(sums_NAB, first, x_PA, dy_JPB, which, tile_expert, num_experts: int):
-    """Adds the sum of x^T dy[which] over each expert's tiles to its matrix in `sums`, in place.
+def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: int):
+    """Adds the sum of x^T dy over each expert's tiles to its matrix in `sums`, in place.
 
     sums: float32; expert e has the place first + e. Every sum is changed once, so the result does
     not depend on the order of the blocks.
@@ -228,32 +225,29 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_JPB, which, tile_expert, num_e
     the product and stored; the copy engine adds the other half in the cache, which adds too slowly
     for all of them.
     """
-    inner, outer = x_PA.shape[1], dy_JPB.shape[2]
-    assert sums_NAB.shape[1:] == (inner, outer), (x_PA.shape, dy_JPB.shape, sums_NAB.shape)
+    inner, outer = x_PA.shape[1], dy_PB.shape[1]
+    assert sums_NAB.shape[1:] == (inner, outer), (x_PA.shape, dy_PB.shape, sums_NAB.shape)
     height, width = _gradient_block(inner, outer)
     blocks_per_expert = pl.cdiv(inner, height)
     blocks = (num_experts * blocks_per_expert, pl.cdiv(outer, width))
     transforms = hopper.transforms(DEPTH, x_PA.dtype)
     tiles_E = jnp.sum(tile_expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    x_first_E = (jnp.cumsum(tiles_E) - tiles_E).astype(jnp.int32)
-    dy_first_E = (which * tile_expert.shape[0] + x_first_E).astype(jnp.int32)
+    first_tile_E = (jnp.cumsum(tiles_E) - tiles_E).astype(jnp.int32)
     steps_per_tile = ROWS // DEPTH
 
-    def pipeline(
-        body, compute_context, steps=GRADIENT_STEPS, first=(0, 0), row_block=0, column_block=0
-    ):
+    def pipeline(body, compute_context, steps=GRADIENT_STEPS, first=0, row_block=0, column_block=0):
         return hopper.pipeline(
             body,
             compute_context,
             steps=steps,
             concurrent_steps=GRADIENT_STEPS,
             in_specs=[
-                hopper.spec((DEPTH, height), lambda k: (first[0] + k, row_block), transforms),
-                hopper.spec((DEPTH, width), lambda k: (first[1] + k, column_block), transforms),
+                hopper.spec((DEPTH, height), lambda k: (first + k, row_block), transforms),
+                hopper.spec((DEPTH, width), lambda k: (first + k, column_block), transforms),
             ],
         )
 
-    def weight_gradient(places, tiles, x_firsts, dy_firsts, x, dy, sums):
+    def weight_gradient(places, tiles, first_tiles, x, dy, sums):
         def in_scope(allocations, staging, arrived):
             group = lax.axis_index("wg")
             # The warpgroups share the block's longer side.
@@ -264,7 +258,7 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_JPB, which, tile_expert, num_e
                 expert = lax.div(expert_and_row, jnp.int32(blocks_per_expert))
                 row_block = lax.rem(expert_and_row, jnp.int32(blocks_per_expert))
                 steps = tiles[expert] * steps_per_tile
-                first = [firsts[expert] * steps_per_tile for firsts in (x_firsts, dy_firsts)]
+                first = first_tiles[expert] * steps_per_tile
                 target = sums.at[
                     places[expert],
                     pl.ds(row_block * height + row, SIDE),
@@ -323,7 +317,7 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_JPB, which, tile_expert, num_e
         )
 
     places_E = first + jnp.arange(num_experts, dtype=jnp.int32)
-    operands = (places_E, tiles_E, x_first_E, dy_first_E, x_PA, dy_JPB.reshape(-1, outer))
+    operands = (places_E, tiles_E, first_tile_E, x_PA, dy_PB)
     return hopper.call(weight_gradient, operands, in_place=sums_NAB)
 
 

@@ -16,7 +16,7 @@ from layers.dtypes import accumulation_dtype
 
 def take_rows(x_nD, index):
     """Rows of x at `index` (any shape), zeros where the index is -1."""
-    rows = jnp.take(x_nD, jnp.maximum(index, 0), axis=0)
+    rows = x_nD.at[jnp.maximum(index, 0)].get(mode="promise_in_bounds")
     return jnp.where(index[..., None] >= 0, rows, jnp.zeros((), x_nD.dtype))
 
 

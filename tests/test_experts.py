@@ -151,7 +151,7 @@ def test_weights_may_lie_in_a_stack(sizes):
     def in_stack(x, dy, first):
         weights = GroupWeights(stack, first, NUM_EXPERTS)
         y, vjp = jax.vjp(lambda x: multiply_by_group(x, weights, order.tile_expert), x)
-        gradient = WeightGradient(x, dy[None], 0, order.tile_expert, NUM_EXPERTS)
+        gradient = WeightGradient(x, dy, order.tile_expert, NUM_EXPERTS)
         return y, vjp(dy)[0], gradient.dense(jnp.float64)
 
     found = in_stack(x, dy, jnp.int32(2))
@@ -177,17 +177,17 @@ def test_a_pair_is_two_products_and_its_gradient_their_sum(sizes, in_a_stack):
         both = PairWeights.of(*(views if in_a_stack else weights))
         y, vjp = jax.vjp(lambda x: multiply_by_pair(x, both, order.tile_expert), x)
         gradients = [
-            WeightGradient(x, dy, which, order.tile_expert, NUM_EXPERTS).dense(jnp.float64)
-            for which in range(2)
+            WeightGradient(x, dy_PB, order.tile_expert, NUM_EXPERTS).dense(jnp.float64)
+            for dy_PB in dy
         ]
-        return y, vjp(dy)[0], gradients
+        return y, vjp(tuple(dy))[0], gradients
 
     y, dx, gradients = pair(x, dy, stack, firsts, weights)
     (one, *expected), (other, *others) = (
         grouped_matmul_and_vjp(x, w, order.tile_expert, dy_PB)
         for w, dy_PB in zip(weights, dy, strict=True)
     )
-    assert_close(y, np.stack([one, other]))
+    assert_close(np.stack(y), np.stack([one, other]))
     assert_close(dx, expected[0] + others[0])
     assert_trees_close(gradients, [expected[1], others[1]])
 

@@ -130,7 +130,7 @@ def test_hopper_kernels_equal_the_portable_product(num_weights, outer):
 
         def product(x):
             if num_weights == 1:
-                return multiply_by_group(x, *views, order.tile_expert)[None]
+                return (multiply_by_group(x, *views, order.tile_expert),)
             return multiply_by_pair(x, PairWeights.of(*views), order.tile_expert)
 
         y, vjp = jax.vjp(product, x)
@@ -138,13 +138,14 @@ def test_hopper_kernels_equal_the_portable_product(num_weights, outer):
         wide = jnp.float32 if dtype == jnp.bfloat16 else dtype
         added = jnp.asarray(sums, wide)
         for which in range(num_weights):
-            gradient = WeightGradient(x, dy, which, order.tile_expert, counts.size)
+            gradient = WeightGradient(x, dy[which], order.tile_expert, counts.size)
             place = 1 + which * counts.size
             if gradient.adds_in_place(wide):
                 added = gradient.add_to(added, jnp.int32(place))
             else:
                 added = added.at[place : place + counts.size].add(gradient.dense(wide))
-        return jnp.where(used, y, 0), jnp.where(used, vjp(dy)[0], 0), added - sums
+        dx = vjp(tuple(dy))[0]
+        return jnp.where(used, jnp.stack(y), 0), jnp.where(used, dx, 0), added - sums
 
     arguments = (x, stack, dy, sums, jnp.array(firsts, jnp.int32))
     kernels = jax.jit(all_products, static_argnums=0)(jnp.bfloat16, *arguments)

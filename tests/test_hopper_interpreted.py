@@ -45,7 +45,7 @@ def assert_close(actual, expected):
 def test_products_of_several_sources_are_summed():
     x, stack = draw(0, 2, 3 * TILE, INNER), draw(1, 2 * EXPERTS + 1, INNER, OUTER)
     y = grouped_matmul_hopper.rows_times_weights(
-        x, stack, FIRST_2, TILE_EXPERT, num_experts=EXPERTS, transpose=False
+        tuple(x), stack, FIRST_2, TILE_EXPERT, num_experts=EXPERTS, transpose=False
     )
     expected = [product(x_PA, stack, first) for x_PA, first in zip(x, FIRST_2, strict=True)]
     assert_close(y[:USED], expected[0] + expected[1])

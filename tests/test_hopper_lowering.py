@@ -29,7 +29,7 @@ def test_equal_products_of_rows_are_lowered_once(transpose):
     def two_products(x, y, weights, tile_expert):
         return [
             grouped_matmul_hopper.rows_times_weights(
-                rows[None],
+                (rows,),
                 weights,
                 jnp.array([1], jnp.int32),
                 tile_expert,
@@ -58,7 +58,7 @@ def test_a_pair_lowers_to_one_kernel_each_way(outer):
         places = (weights, first, tile_expert)
         y = grouped_matmul_hopper.rows_times_pair(x, *places, num_experts=EXPERTS)
         dx = grouped_matmul_hopper.rows_times_weights(
-            dy, *places, num_experts=EXPERTS, transpose=True
+            tuple(dy), *places, num_experts=EXPERTS, transpose=True
         )
         assert y.shape == dy.shape and dx.shape == x.shape
         return y, dx
@@ -99,7 +99,7 @@ def test_weight_gradients_lower_in_both_orientations(inner, outer):
     def add(sums, x, dy, tile_expert):
         for which in range(2):
             sums = grouped_matmul_hopper.add_weight_gradient(
-                sums, jnp.int32(which * EXPERTS), x, dy, which, tile_expert, EXPERTS
+                sums, jnp.int32(which * EXPERTS), x, dy[which], tile_expert, EXPERTS
             )
         return sums
 
