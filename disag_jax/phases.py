@@ -259,7 +259,7 @@ class Phases:
             # The products are made where they are kept: the unit goes on with these.
             kept = self.pool.read(stash, Role.EXPERT, entry.slot)
             received = received._replace(products=kept.products)
-        message, _ = self.expert.finish(params, message, received)
+        message = self.expert.finish(params, message, received)
         return message, stash, add_sorted(stats, self.expert, needed)
 
     def _attention_backward(

@@ -250,7 +250,10 @@ class ExpertUnit:
     def forward(self, params, message: Message):
         """Returns (Message [M, C] of finished shares, ExpertStash, sorted rows needed)."""
         received, needed = self.receive(message)
-        return *self.finish(params, message, received), needed
+        products = self.keep(params, received).products
+        products = {name: product.dense() for name, product in products.items()}
+        stash = received._replace(products=products)
+        return self.finish(params, message, stash), stash, needed
 
     def receive(self, message: Message):
         """Sorts the rows of a message: (ExpertStash without products, sorted rows needed)."""
@@ -281,14 +284,10 @@ class ExpertUnit:
         )
         return received._replace(products=self._choose_kept({"gate_up": product}))
 
-    def finish(self, params, message: Message, received: ExpertStash):
-        """As `forward` after `receive`: (Message, ExpertStash); finds products that were kept."""
-        y, computed = self._experts(params, received.x, received.gate, received)
-        products = received.products
-        if not products:
-            products = self._choose_kept({"gate_up": jnp.stack(computed.outputs["gate_up"])})
-        stash = received._replace(products=products)
-        return message._replace(x=y.reshape(message.x.shape)), stash
+    def finish(self, params, message: Message, kept: ExpertStash) -> Message:
+        """As `forward` after `keep`, whose products are made now."""
+        y, _ = self._experts(params, kept.x, kept.gate, kept)
+        return message._replace(x=y.reshape(message.x.shape))
 
     def backward(self, params, stash: ExpertStash, dy):
         """Returns (parameter gradients, Cotangent [M, C]) for dy [M, C, D].
@@ -305,11 +304,11 @@ class ExpertUnit:
                 {**params, POST_NORM: {"scale": scale}}, x_nD, gate_nK, stash, taps
             )
 
-        _, vjp, computed = jax.vjp(outputs, scale, stash.x, stash.gate, taps, has_aux=True)
+        _, vjp, inputs = jax.vjp(outputs, scale, stash.x, stash.gate, taps, has_aux=True)
         dscale, dx, dgate, doutputs = vjp(dy.reshape(-1, g.D))
 
         def gradient(name, dy):
-            return WeightGradient(computed.inputs[name], dy, stash.order.tile_expert, g.num_groups)
+            return WeightGradient(inputs[name], dy, stash.order.tile_expert, g.num_groups)
 
         experts = {
             "gate": gradient("gate_up", doutputs["gate_up"][0]),
@@ -327,11 +326,11 @@ class ExpertUnit:
         return jnp.concatenate([expert_id_nK, shared_id], axis=1)
 
     def _experts(self, params, x_nD, gate_nK, stash: ExpertStash, taps=None):
-        """Returns (outputs [n, D], the _Products).
+        """Returns (outputs [n, D], the rows that are inputs of the products "gate_up" and "down").
 
         taps: differentiable stand-ins for the products' outputs, by name.
         """
-        computed, tile_expert = _Products({}, {}), stash.order.tile_expert
+        inputs, tile_expert = {}, stash.order.tile_expert
 
         def gate_up(rows):
             return multiply_by_pair(rows, _gate_up_weights(params), tile_expert)
@@ -344,7 +343,7 @@ class ExpertUnit:
                 product = recalled(product_of, tuple(stash.products[name]), rows)
             else:
                 product = product_of(rows)
-            computed.inputs[name], computed.outputs[name] = rows, product
+            inputs[name] = rows
             return product if taps is None else tap(product, taps[name])
 
         gate = jnp.pad(gate_nK, ((0, 0), (0, self.num_shared)), constant_values=1)
@@ -353,7 +352,7 @@ class ExpertUnit:
             functools.partial(observed, "down", down),
             self._normed(params, x_nD), gate, stash.order,
         )  # fmt: skip
-        return y_nD + jnp.where(stash.residual[:, None] > 0, x_nD, 0), computed
+        return y_nD + jnp.where(stash.residual[:, None] > 0, x_nD, 0), inputs
 
     def _normed(self, params, x_nD):
         return rms_norm(x_nD, params[POST_NORM]["scale"], self.geometry.config.model.norm_eps)
@@ -361,10 +360,3 @@ class ExpertUnit:
 
 def _gate_up_weights(params) -> PairWeights:
     return PairWeights.of(params[EXPERTS]["gate"], params[EXPERTS]["up"])
-
-
-class _Products(NamedTuple):
-    """Inputs and outputs of the products "gate_up" and "down"."""
-
-    inputs: dict[str, jax.Array]
-    outputs: dict[str, jax.Array]

@@ -143,8 +143,9 @@ class PairProduct(NamedTuple):
 
     def dense(self):
         """The products as an array."""
+        x_PA, weights, tile_expert = self
         with jax.named_scope("gate_up"):
-            return jnp.stack(multiply_by_pair(*self))
+            return _products(weights.num_experts, x_PA, weights.stack, weights.first_2, tile_expert)
 
 
 class WeightGradient(NamedTuple):
@@ -199,16 +200,21 @@ def multiply_by_pair(x_PA, weights: PairWeights, tile_expert):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(num_experts, x_PA, stack_NAB, first_J, tile_expert):
     """The products [P, B] with each of J weights."""
+    return tuple(_products(num_experts, x_PA, stack_NAB, first_J, tile_expert))
+
+
+def _products(num_experts, x_PA, stack_NAB, first_J, tile_expert):
+    """The products [J, P, B] with each of J weights."""
     if _hopper_runs(x_PA, stack_NAB):
         kernels, static = _hopper(), {"num_experts": num_experts}
         if first_J.shape[0] == 2:
-            return tuple(kernels.rows_times_pair(x_PA, stack_NAB, first_J, tile_expert, **static))
+            return kernels.rows_times_pair(x_PA, stack_NAB, first_J, tile_expert, **static)
         y_PB = kernels.rows_times_weights(
             (x_PA,), stack_NAB, first_J, tile_expert, **static, transpose=False
         )
-        return (y_PB,)
+        return y_PB[None]
     weights = [GroupWeights(stack_NAB, first, num_experts).dense() for first in first_J]
-    return tuple(_portable_matmul(x_PA, w_EAB, tile_expert) for w_EAB in weights)
+    return jnp.stack([_portable_matmul(x_PA, w_EAB, tile_expert) for w_EAB in weights])
 
 
 def _multiply_forward(num_experts, x_PA, stack_NAB, first_J, tile_expert):

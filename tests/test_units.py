@@ -458,18 +458,21 @@ def keeping_geometry():
     return make_geometry(dataclasses.replace(GEOMETRY.config, run=run))
 
 
-def test_products_may_be_made_where_they_are_kept():
+def test_kept_products_are_those_that_are_sent_on():
+    """With them a unit sends what it sends without."""
     unit, params, message = ExpertUnit(keeping_geometry()), expert_unit()[1], random_message(seed=0)
+    sent, stash, needed = jax.jit(unit.forward)(params, message)
+    expected, without, needed_without = jax.jit(ExpertUnit(GEOMETRY).forward)(params, message)
+    assert_trees_close((sent, needed), (expected, needed_without))
+    assert_trees_close(stash._replace(products={}), without)
 
-    @jax.jit
-    def through_the_stash(params, message):
-        received, _ = unit.receive(message)
-        kept = unit.keep(params, received)
-        product = kept.products["gate_up"].dense()
-        return unit.finish(params, message, received._replace(products={"gate_up": product}))
+    def twice(products):
+        return {"gate_up": products["gate_up"] * jnp.array([1, 2])[:, None, None]}
 
-    sent, stash, _ = jax.jit(unit.forward)(params, message)
-    assert_trees_close(through_the_stash(params, message), (sent, stash))
+    doubled = unit.finish(params, message, stash._replace(products=twice(stash.products)))
+    residual = jnp.where(stash.residual[:, None] > 0, stash.x, 0).reshape(sent.x.shape)
+    # Linear in the products with the up weights: they are read, not computed again.
+    assert_close(doubled.x - residual, 2 * (sent.x - residual))
 
 
 def _assert_is(leaf, spec):
