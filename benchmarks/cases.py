@@ -18,6 +18,7 @@ from disag_jax.config import Config, ConfigError
 from disag_jax.errors import RunError
 from disag_jax.flops import flops_per_device
 from disag_jax.geometry import enable_float64, placement_of
+from disag_jax.inputs import load_inputs
 from disag_jax.metrics import peak_memory
 from disag_jax.planner import search
 from disag_jax.planner.hardware import Hardware
@@ -119,6 +120,8 @@ def run(cases: list, out: pathlib.Path, seconds: float, threads: int) -> tuple[l
     results = [result for result in kept if "seconds" in result]
     stuck = [result for result in kept if "seconds" not in result]
     missing = [f"{one['group']}: {one['name']} did not end in an earlier run" for one in stuck]
+    for case in waiting:
+        load_inputs(case.config)  # a text that is too short is found before anything is compiled
     while waiting and time.perf_counter() - began < seconds:
         together, waiting = waiting[:threads], waiting[threads:]
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:

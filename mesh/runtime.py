@@ -14,6 +14,9 @@ import jaxlib.version
 GPU_FLAGS = {
     # Chosen by XLA on most GPUs, but not where a program has a collective it cannot estimate.
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
+    # Without a limit, the other GPUs of a process wait for ever for one that lacks memory. They
+    # wait for other processes too where a program begins, and those may still be compiling.
+    "--xla_gpu_nccl_termination_timeout_seconds": "600",
 }
 if jaxlib.version.__version_info__ >= (0, 11):
     # With it, the memory that the temporaries of a step leave serves every small buffer before the

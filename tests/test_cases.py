@@ -60,6 +60,14 @@ def test_no_case_begins_when_time_is_over(measured, tmp_path, monkeypatch):
     assert [r["name"] for r in again] == [one.name for one in cases] and late == ""
 
 
+def test_a_text_that_is_too_short_is_found_before_anything_is_compiled(measured, tmp_path):
+    long = case(1)
+    long.config.batch.sequence_length = 10**9
+    with pytest.raises(ConfigError, match="sequence_length"):
+        cases_lib.run([case(0), long], tmp_path / "out.json", seconds=60, threads=2)
+    assert measured == []
+
+
 def test_a_case_that_fails_is_said_and_the_others_are_measured(measured, tmp_path, monkeypatch):
     works = cases_lib.measure
 

@@ -332,3 +332,39 @@ first, second = run(), run()
 jax.tree.map(np.testing.assert_array_equal, first, second)
 print("equal")
 """
+
+
+def test_a_gpu_that_lacks_memory_ends_the_process_of_both():
+    """XLA has the other one wait for it, by default for ever."""
+    needs(PAIR)
+    environment = {
+        **os.environ,
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1",
+        "XLA_FLAGS": "--xla_gpu_nccl_termination_timeout_seconds=15",
+    }
+    command = [sys.executable, "-c", LACKS_MEMORY]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert "begins" in found.stdout and "ends" not in found.stdout
+    assert found.returncode and "ran out of memory" in found.stderr, found.stderr[-2000:]
+
+
+LACKS_MEMORY = """
+from mesh import runtime
+runtime.start(0)
+import jax, jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+devices = jax.devices()[:2]
+limit = devices[1].memory_stats()["bytes_limit"]
+ballast = jax.device_put(jnp.zeros(int(0.9 * limit), jnp.uint8), devices[1])
+
+def sorted_sum(x):
+    many = jnp.sin(jnp.arange(0.05 * limit, dtype=jnp.float32) + x)
+    return jax.lax.psum(jnp.sort(many)[:1], "both")
+
+mesh = Mesh(devices, "both")
+specs = dict(in_specs=PartitionSpec("both"), out_specs=PartitionSpec())
+program = jax.shard_map(sorted_sum, mesh=mesh, **specs)
+print("begins", flush=True)
+jax.block_until_ready(jax.jit(program)(jnp.zeros(2)))
+print("ends", flush=True)
+"""
