@@ -26,10 +26,11 @@ def measure(config: Config) -> list[Figure]:
     """The units, then steps on the config's text with the optimizer included."""
     units = measure_units(config, measure_rates(config)[0])
     stepper = Stepper(config, make_meshes(config))
-    times, metrics = run_steps(stepper, WARM_UP + STEPS)
+    as_in_training, alone = WARM_UP + STEPS, WARM_UP + 2 * STEPS
+    times, metrics = run_steps(stepper, alone, waits=lambda step: step >= as_in_training)
     updates = [t - of_step["pipeline_seconds"] for t, of_step in zip(times, metrics, strict=True)]
     bound = work_bound(config, stepper.schedule.idle_share, units)
-    step = figure_of("step", times[WARM_UP:], floor_milliseconds=bound)
+    step = figure_of("step", times[WARM_UP:as_in_training], floor_milliseconds=bound)
     rate = config.tokens_per_step / (step.milliseconds / 1e3)
     flops = flops_per_device(config, rate)
     speed = {"tokens/s": f"{rate:,.0f}", "rate": f"{flops / 1e12:.3g} TFLOP/s a device"}
@@ -38,22 +39,28 @@ def measure(config: Config) -> list[Figure]:
     return [
         *units,
         dataclasses.replace(step, extra=speed | memory),
-        figure_of("update, of it", updates[WARM_UP:]),
+        figure_of("update alone", updates[as_in_training:]),
     ]
 
 
-def run_steps(stepper: Stepper, num_steps: int) -> tuple[list[float], list[dict]]:
+def run_steps(
+    stepper: Stepper, num_steps: int, *, waits=lambda step: False
+) -> tuple[list[float], list[dict]]:
     """Trains from a fresh state on the config's text: (seconds, metrics) of each step.
 
-    A step's seconds end with its update; its input is there before.
+    As in training a step begins when the last one's update is queued, and that is in its seconds;
+    all input is there before.
+
+    waits: function of a step's number; where it is true, the step ends with its update.
     """
     config, seconds, metrics = stepper.config, [], []
-    batches, state = load_inputs(config).train, stepper.init(config.run.seed)
-    for step in range(num_steps):
-        batch = jax.block_until_ready(stepper.read_batch(batches, step))
+    source, state = load_inputs(config).train, stepper.init(config.run.seed)
+    batches = jax.block_until_ready([stepper.read_batch(source, i) for i in range(num_steps)])
+    for step, batch in enumerate(batches):
         began = time.perf_counter()
         state, of_step = stepper.train_step(state, batch)
-        state.wait()
+        if waits(step):
+            state.wait()
         seconds.append(time.perf_counter() - began)
         metrics.append(of_step)
     return seconds, metrics
