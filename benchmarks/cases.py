@@ -1,10 +1,15 @@
-"""What benchmarks of whole steps share: cases beside their prediction, measured one by one."""
+"""What benchmarks of whole steps share: cases beside their prediction, measured one by one.
+
+Results are kept with what they hold for: the devices, the network, what was predicted for, and of
+each the config. None is taken for another's.
+"""
 
 import collections
 import concurrent.futures
 import dataclasses
 import faulthandler
 import gc
+import hashlib
 import json
 import pathlib
 import statistics
@@ -20,8 +25,9 @@ from disag_jax.flops import flops_per_device
 from disag_jax.geometry import enable_float64, placement_of
 from disag_jax.inputs import load_inputs
 from disag_jax.metrics import peak_memory
+from disag_jax.nccl_log import check_network
 from disag_jax.planner import search
-from disag_jax.planner.hardware import Hardware
+from disag_jax.planner.hardware import Hardware, load
 from disag_jax.planner.prediction import predict
 from disag_jax.step import Stepper
 from mesh.placement import Meshes
@@ -74,6 +80,20 @@ def check_start(config: Config, out: str) -> int:
     return num_devices
 
 
+def hardware_here(name: str, num_devices: int, network: str) -> Hardware:
+    """What to predict for on the devices here; ConfigError if it was measured over another network.
+
+    network: as `mesh.runtime.start` was given.
+    """
+    hardware = load(name)
+    if hardware.network != network:
+        raise ConfigError(
+            f"hardware {name}: network = {hardware.network!r} must be --network = {network!r}, as "
+            f"python -m disag_jax.profile --network={network} measures it"
+        )
+    return hardware.on_one_node(num_devices) if jax.process_count() == 1 else hardware
+
+
 def stepper_of(case: Case) -> Stepper:
     """With its pipeline compiled in the bucket of the expected load and in the next larger one."""
     placement = placement_of(case.config.validate())
@@ -86,6 +106,7 @@ def stepper_of(case: Case) -> Stepper:
 def measure(case: Case, stepper: Stepper) -> dict:
     """Trains a few steps: what is kept of them in JSON."""
     config = case.config
+    stepper.check_memory()
     seconds, metrics = run_steps(stepper, WARM_UP + STEPS)
     counts = metrics[-1]["expert_counts"]
     median = statistics.median(seconds[WARM_UP:])
@@ -105,7 +126,9 @@ def measure(case: Case, stepper: Stepper) -> dict:
     }
 
 
-def run(cases: list, out: pathlib.Path, seconds: float, threads: int) -> tuple[list[dict], str]:
+def run(
+    cases: list, out: pathlib.Path, seconds: float, threads: int, hardware: Hardware
+) -> tuple[list[dict], str]:
     """Measures what `out` does not hold yet: (all results, what failed or had no time, in words).
 
     As many programs as there are `threads` are compiled at once and then measured one after the
@@ -114,7 +137,8 @@ def run(cases: list, out: pathlib.Path, seconds: float, threads: int) -> tuple[l
     `out`.
     """
     began = time.perf_counter()
-    kept = json.loads(out.read_text()) if out.exists() else []
+    marks = {(case.group, case.name): _marks(case, hardware) for case in cases}
+    kept = _kept(out, marks)
     done = {(result["group"], result["name"]) for result in kept}
     waiting = [case for case in cases if (case.group, case.name) not in done]
     results = [result for result in kept if "seconds" in result]
@@ -130,13 +154,15 @@ def run(cases: list, out: pathlib.Path, seconds: float, threads: int) -> tuple[l
         while together and time.perf_counter() - began < seconds:
             case = together.pop(0)
             name = f"{case.group}: {case.name}"
-            begun = {"group": case.group, "name": case.name}
+            marked = marks[case.group, case.name]
+            begun = {"group": case.group, "name": case.name} | marked
             out.write_text(json.dumps([*results, *stuck, begun], indent=1))
             faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
             try:
-                results.append(measure(case, steppers.pop(0)))
+                results.append(measure(case, steppers.pop(0)) | marked)
+                check_network(hardware.network)
                 outcome = f"{results[-1]['seconds']:.3f} s"
-            except jax.errors.JaxRuntimeError as error:  # such as too little memory
+            except (ConfigError, jax.errors.JaxRuntimeError) as error:  # such as too little memory
                 outcome = f"failed: {str(error).splitlines()[0]}"
                 missing.append(f"{name} {outcome}")
             finally:
@@ -151,6 +177,40 @@ def run(cases: list, out: pathlib.Path, seconds: float, threads: int) -> tuple[l
     if late:
         missing.append(f"no time was left for {late}: go on with the same --out")
     return results, "; ".join(missing)
+
+
+def _marks(case: Case, hardware: Hardware) -> dict[str, str]:
+    """What a result holds for, in words and as hashes."""
+    device = jax.devices()[0]
+    return {
+        "devices_here": f"{len(jax.devices())} x {device.device_kind}, jax {jax.__version__}",
+        "network": hardware.network,
+        "hardware": f"{hardware.name} {_hash(hardware)}",
+        "config": _hash(case.config),
+    }
+
+
+def _hash(record) -> str:
+    text = json.dumps(dataclasses.asdict(record), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _kept(out: pathlib.Path, marks: dict) -> list[dict]:
+    """The results of earlier runs; ConfigError if one holds for something else than this run's."""
+    kept = json.loads(out.read_text()) if out.exists() else []
+    any_marks = next(iter(marks.values()), {})
+    for result in kept:
+        # Of a case that is not measured now all but the config must be the same.
+        wanted = marks.get(
+            (result["group"], result["name"]), any_marks | {"config": result.get("config")}
+        )
+        for field, value in wanted.items():
+            if result.get(field) != value:
+                raise ConfigError(
+                    f"--out = {str(out)!r}, {result['group']}, {result['name']}: {field} = "
+                    f"{result.get(field)!r} must be {value!r}; name another file"
+                )
+    return kept
 
 
 def differing_losses(results: list[dict], tolerance: float, *keys: str) -> list[str]:

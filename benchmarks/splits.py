@@ -4,8 +4,9 @@
   python -m benchmarks.splits --config C --hardware H --out slow.json --network=sockets
   python -m benchmarks.splits --config C --hardware H --out grow.json --scaling
 
-In benchmarks/README.md C is configs/balanced.py, H h100x2_nvlink. The first trains a few steps at
-each sequence length under every M + N of one and two stages that fits, and checks that losses
+In benchmarks/README.md C is configs/balanced.py, H h100x2_nvlink, for sockets a profile over them.
+The first trains a few steps at each sequence length under every M + N of one and two stages that
+fits, and under the twin's best mode with micro-batches and a step as large. It checks that losses
 agree, that the planner's pick is within 5% of the best, and that the best ratio moves toward
 attention as sequences grow. `--scaling` grows from two devices to all, with the tokens of a device
 and the experts fixed, and checks tokens/s against the prediction. Results in `--out` are gone on
@@ -25,7 +26,7 @@ from benchmarks.cases import Case
 from disag_jax.compare import TOLERANCES
 from disag_jax.config import Config, ConfigError, PlacementKind
 from disag_jax.planner import search
-from disag_jax.planner.hardware import Hardware, load
+from disag_jax.planner.hardware import Hardware
 
 SCALING = "scaling"
 STAGES = (1, 2)
@@ -70,7 +71,10 @@ def split_cases(config: Config, hardware: Hardware, num_devices: int, lengths) -
             )
         found.sort(key=lambda one: one.seconds_per_token)
         cases += [_case(group, f.config, hardware, f is found[0]) for f in found]
-        twin = search.search(base, hardware, num_devices, PlacementKind.COLOCATED)
+        same = search.Fixed(
+            tokens_per_worker=base.batch.tokens_per_worker, tokens_per_step=base.tokens_per_step
+        )
+        twin = search.search(base, hardware, num_devices, PlacementKind.COLOCATED, same)
         if twin:
             twins.append(_case(group, twin.config, hardware, is_pick=False))
     return cases + twins
@@ -171,14 +175,16 @@ def table(results: list[dict]) -> rich.table.Table:
 
 
 def main(
-    config: Config, hardware: str, out: str, lengths, scaling: bool, seconds: float, threads: int
-):
-    num_devices, known = cases_lib.check_start(config, out), load(hardware)
+    config: Config, hardware: str, network: str, out: str, lengths, scaling: bool,
+    seconds: float, threads: int,
+):  # fmt: skip
+    num_devices = cases_lib.check_start(config, out)
+    known = cases_lib.hardware_here(hardware, num_devices, network)
     if scaling:
         cases = scaling_cases(config, known, num_devices)
     else:
         cases = split_cases(config, known, num_devices, lengths)
-    results, missing = cases_lib.run(cases, pathlib.Path(out), seconds, threads)
+    results, missing = cases_lib.run(cases, pathlib.Path(out), seconds, threads, known)
     rich.console.Console(width=140).print(table(results))
     wrong = check(results, TOLERANCES[config.run.compute_dtype])
     cases_lib.conclude(wrong, missing, "losses agree; the planner's claims hold")
@@ -197,8 +203,8 @@ if __name__ == "__main__":
     def _run():
         runtime.start(_CPU_DEVICES.value, network=_NETWORK.value)
         main(
-            _CONFIG.value, _HARDWARE.value, _OUT.value, _LENGTHS.value, _SCALING.value,
-            _SECONDS.value, _THREADS.value,
+            _CONFIG.value, _HARDWARE.value, _NETWORK.value, _OUT.value, _LENGTHS.value,
+            _SCALING.value, _SECONDS.value, _THREADS.value,
         )  # fmt: skip
 
     cli.run(_run)

@@ -73,8 +73,12 @@ def _with_overlap(config: Config, hardware_name: str | None) -> Config:
 
 
 def _hardware(field: str, name: str | None) -> Hardware:
-    """What a user names, as it is; else what is here."""
-    return load(name) if name else _hardware_here(field)
+    """What a user names; else what is here."""
+    if not name:
+        return _hardware_here(field)
+    hardware = load(name)
+    # A profile knows as many devices of a node as it was measured on.
+    return hardware.on_one_node(len(jax.devices())) if jax.process_count() == 1 else hardware
 
 
 def _hardware_here(field: str) -> Hardware:

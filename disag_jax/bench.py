@@ -123,6 +123,7 @@ def main(
     config.validate()
     if planned_for is not None:
         check_predictable(config)
+        planned_for = planned_for.on_one_node(jax.local_device_count())
     enable_float64(config)
     before = read(compare, what) if compare else None
     figures = measures[what](config)

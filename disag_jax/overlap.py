@@ -19,6 +19,7 @@ from disag_jax.config import Config, Overlap, SplitConfig
 from disag_jax.errors import ConfigError, RunError
 from disag_jax.geometry import enable_float64
 from disag_jax.inputs import load_inputs
+from disag_jax.nccl_log import check_network
 from disag_jax.profiling import Profiler
 from disag_jax.step import Stepper
 from disag_jax.training import make_meshes
@@ -122,7 +123,7 @@ def check_trace(times: dict[str, trace.DeviceTime], split: SplitConfig):
             )
 
 
-def main(config: Config, workdir: str):
+def main(config: Config, workdir: str, network: str):
     """Compiles, checks, trains a few steps under a trace and checks that."""
     config.validate()
     split = config.split
@@ -130,6 +131,7 @@ def main(config: Config, workdir: str):
         raise ConfigError("split.overlap = none must be chunked or interleaved to hide anything")
     enable_float64(config)
     stepper = Stepper(config, make_meshes(config))
+    stepper.check_memory()
     program = stepper.compiled_program(stepper.chooser.current)
     steady = check_program(program.as_text(), split)
     for transfer in steady:
@@ -141,6 +143,7 @@ def main(config: Config, workdir: str):
         state, _ = stepper.train_step(state, stepper.read_batch(batches, step))
     state.wait()
     profiler.close()
+    check_network(network)
     times = trace.device_times(workdir)
     for device, t in times.items():
         print(
@@ -165,6 +168,6 @@ if __name__ == "__main__":
 
     def _run():
         runtime.start(0, network=_NETWORK.value)
-        main(_CONFIG.value, _WORKDIR.value)
+        main(_CONFIG.value, _WORKDIR.value, _NETWORK.value)
 
     cli.run(_run)

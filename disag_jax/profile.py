@@ -21,6 +21,7 @@ from disag_jax import bench_phases, bench_transfer
 from disag_jax.bench_units import measure_rates
 from disag_jax.config import Config, ConfigError, PlacementKind, SplitConfig
 from disag_jax.flops import peak_flops
+from disag_jax.nccl_log import check_network
 from disag_jax.planner.costs import unit_work
 from disag_jax.planner.fits import fit_link, fit_units, fit_update
 from disag_jax.planner.hardware import UNITS, Hardware, Link, Transfer
@@ -38,8 +39,10 @@ UPDATES = 4
 UPDATE_LAYERS = (1, 2)
 
 
-def profile(config: Config, out: str, say=print) -> Hardware:
+def profile(config: Config, out: str, network: str, say=print) -> Hardware:
     """Measures, and writes to `out` the hardware, and beside it the points it is fitted to.
+
+    network: as `mesh.runtime.start` was given.
 
     RunError if no line goes through the points, which are then written alone. `say` is told what is
     being measured.
@@ -61,6 +64,7 @@ def profile(config: Config, out: str, say=print) -> Hardware:
             )
     say("transfers")
     points |= measure_transfers(shape)
+    check_network(network)
     say("optimizer")
     points["update"] = measure_updates(shape, meshes)
     devices = jax.devices()
@@ -93,6 +97,7 @@ def profile(config: Config, out: str, say=print) -> Hardware:
         inter_node=None,
         unit_fits=fit_units(points, rates.flops / 1e12),
         lost_beside_transfers=lost,
+        network=network,
         update_milliseconds_per_gigaparameter=fit_update(points),
     )
     _write(pathlib.Path(out), dataclasses.asdict(hardware))
@@ -210,7 +215,7 @@ def summary(hardware: Hardware) -> str:
     return "\n".join(lines)
 
 
-def main(config: Config, out: str):
+def main(config: Config, out: str, network: str = "default"):
     """Measures, prints and writes."""
     config.validate()
     check_predictable(config)
@@ -221,7 +226,7 @@ def main(config: Config, out: str):
     def say(what: str):
         print(f"{time.perf_counter() - began:6.0f} s  {what}", flush=True)
 
-    print(summary(profile(config, out, say)))
+    print(summary(profile(config, out, network, say)))
 
 
 def _one_stage(config: Config) -> Config:
@@ -259,6 +264,6 @@ if __name__ == "__main__":
 
     def _run():
         runtime.start(_CPU_DEVICES.value, network=_NETWORK.value)
-        main(_CONFIG.value, _OUT.value)
+        main(_CONFIG.value, _OUT.value, _NETWORK.value)
 
     cli.run(_run)

@@ -6,6 +6,7 @@ all of it when the first device is asked for.
 
 import os
 import shlex
+import tempfile
 
 import jaxlib.version
 
@@ -38,6 +39,11 @@ SOCKETS = {
     "NCCL_SOCKET_NTHREADS": "4",
 }
 NETWORKS = {"default": {}, "sockets": SOCKETS}
+# Of a named network NCCL says in its log what it uses (disag_jax/nccl_log.py).
+NETWORK_LOG = {
+    "NCCL_DEBUG": "INFO",
+    "NCCL_DEBUG_FILE": os.path.join(tempfile.gettempdir(), "nccl.%h.%p.txt"),
+}
 NETWORK_HELP = "sockets makes NCCL use loopback sockets, a slow network, on one machine"
 DETERMINISTIC_FLAGS = {"--xla_gpu_deterministic_ops": "true"}
 # Each pipeline sets these for itself, where the environment does not.
@@ -53,6 +59,8 @@ def start(cpu_devices: int, *, deterministic: bool = False, network: str = "defa
     network: of `NETWORKS`.
     """
     os.environ.update(NETWORKS[network])
+    for name, value in NETWORK_LOG.items() if NETWORKS[network] else ():
+        os.environ.setdefault(name, value)
     if cpu_devices:
         simulate_cpu_devices(cpu_devices)
         return

@@ -1,5 +1,6 @@
 """Measuring cases: what is gone on with, what there is no time for, whose losses must agree."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from benchmarks import cases as cases_lib
 from benchmarks.cases import Case
 from configs import balanced
 from disag_jax.errors import ConfigError, RunError
+from disag_jax.planner import hardware
+
+H100 = hardware.load("h100")
 
 
 def case(number):
@@ -35,9 +39,9 @@ def measured(monkeypatch):
 
 def test_every_case_is_measured_once_and_kept(measured, tmp_path):
     out, cases = tmp_path / "out.json", [case(number) for number in range(5)]
-    first, late = cases_lib.run(cases[:3], out, seconds=60, threads=2)
+    first, late = cases_lib.run(cases[:3], out, seconds=60, threads=2, hardware=H100)
     assert (len(first), late) == (3, "")
-    results, late = cases_lib.run(cases, out, seconds=60, threads=2)
+    results, late = cases_lib.run(cases, out, seconds=60, threads=2, hardware=H100)
     assert measured == [f"split {number}" for number in range(5)] and late == ""
     assert results == json.loads(out.read_text())
     assert [r["name"] for r in results] == measured
@@ -47,7 +51,7 @@ def test_no_case_begins_when_time_is_over(measured, tmp_path, monkeypatch):
     now = iter(range(1000))
     monkeypatch.setattr(cases_lib.time, "perf_counter", lambda: next(now))
     cases, out = [case(number) for number in range(5)], tmp_path / "out.json"
-    results, late = cases_lib.run(cases, out, seconds=5, threads=2)
+    results, late = cases_lib.run(cases, out, seconds=5, threads=2, hardware=H100)
     assert 0 < len(results) < 5
     left = [one for one in cases if one.name not in measured]
     assert (
@@ -56,7 +60,7 @@ def test_no_case_begins_when_time_is_over(measured, tmp_path, monkeypatch):
         + "; ".join(f"{one.group}: {one.name}" for one in left)
         + ": go on with the same --out"
     )
-    again, late = cases_lib.run(cases, out, seconds=1000, threads=2)
+    again, late = cases_lib.run(cases, out, seconds=1000, threads=2, hardware=H100)
     assert [r["name"] for r in again] == [one.name for one in cases] and late == ""
 
 
@@ -64,7 +68,7 @@ def test_a_text_that_is_too_short_is_found_before_anything_is_compiled(measured,
     long = case(1)
     long.config.batch.sequence_length = 10**9
     with pytest.raises(ConfigError, match="sequence_length"):
-        cases_lib.run([case(0), long], tmp_path / "out.json", seconds=60, threads=2)
+        cases_lib.run([case(0), long], tmp_path / "out.json", seconds=60, threads=2, hardware=H100)
     assert measured == []
 
 
@@ -78,11 +82,11 @@ def test_a_case_that_fails_is_said_and_the_others_are_measured(measured, tmp_pat
 
     monkeypatch.setattr(cases_lib, "measure", measure)
     cases, out = [case(number) for number in range(3)], tmp_path / "out.json"
-    results, missing = cases_lib.run(cases, out, seconds=60, threads=2)
+    results, missing = cases_lib.run(cases, out, seconds=60, threads=2, hardware=H100)
     assert [r["name"] for r in results] == ["split 0", "split 2"] == measured
     assert missing == "group 0: split 1 failed: RESOURCE_EXHAUSTED: 9 GiB"
     monkeypatch.setattr(cases_lib, "measure", works)
-    results, missing = cases_lib.run(cases, out, seconds=60, threads=2)
+    results, missing = cases_lib.run(cases, out, seconds=60, threads=2, hardware=H100)
     assert len(results) == 3 and missing == ""
 
 
@@ -91,24 +95,55 @@ def test_a_case_that_does_not_end_ends_the_process_and_is_left_out_next_time(mea
     script = f"""
 import pathlib, time
 from benchmarks import cases
-from tests.test_cases import case
+from tests.test_cases import H100, case
 cases.CASE_SECONDS = 1
 cases.stepper_of = lambda one: one.name
 def measure(one, stepper):
     time.sleep(60 if one.name == "split 1" else 0)
     return {{"group": one.group, "name": one.name, "seconds": 0.5}}
 cases.measure = measure
-cases.run([case(number) for number in range(3)], pathlib.Path({str(out)!r}), 60, 1)
+cases.run([case(number) for number in range(3)], pathlib.Path({str(out)!r}), 60, 1, H100)
 """
     found = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
     )
     assert found.returncode == 1 and "in measure" in found.stderr, found.stderr[-2000:]
-    results, missing = cases_lib.run([case(n) for n in range(3)], out, seconds=60, threads=1)
+    results, missing = cases_lib.run(
+        [case(n) for n in range(3)], out, seconds=60, threads=1, hardware=H100
+    )
     assert [r["name"] for r in results] == ["split 0", "split 2"] and measured == ["split 2"]
     assert missing == "group 0: split 1 did not end in an earlier run"
     # It is said again, and what there is stays.
-    assert cases_lib.run([case(n) for n in range(3)], out, 60, 1) == (results, missing)
+    assert cases_lib.run([case(n) for n in range(3)], out, 60, 1, hardware=H100) == (
+        results,
+        missing,
+    )
+
+
+def test_results_of_something_else_are_not_gone_on_with(measured, tmp_path):
+    out, cases = tmp_path / "out.json", [case(0), case(1)]
+    kept, _ = cases_lib.run(cases, out, seconds=60, threads=2, hardware=H100)
+    # Of other cases of the same devices, network and hardware they stay.
+    assert cases_lib.run([case(2)], out, 60, 2, hardware=H100)[0][:2] == kept
+    slower = dataclasses.replace(H100, product_efficiency=0.5)
+    with pytest.raises(ConfigError, match=r"--out = .*split 0: hardware = 'h100 .*name another"):
+        cases_lib.run(cases, out, 60, 2, hardware=slower)
+    over_sockets = dataclasses.replace(H100, network="sockets")
+    with pytest.raises(ConfigError, match=r"network = 'default' must be 'sockets'"):
+        cases_lib.run([case(3)], out, 60, 2, hardware=over_sockets)
+    other = case(1)
+    other.config.optimizer.peak_learning_rate = 1.0
+    with pytest.raises(ConfigError, match="group 0, split 1: config = "):
+        cases_lib.run([case(0), other], out, 60, 2, hardware=H100)
+    assert measured == ["split 0", "split 1", "split 2"]
+
+
+def test_predictions_are_for_the_network_that_is_used():
+    """On one host all devices are a node's, however few a profile knew."""
+    pair = cases_lib.hardware_here("h100x2_nvlink", 8, "default")
+    assert pair.devices_per_node == 8 and pair.intra_node
+    with pytest.raises(ConfigError, match=r"network = 'default' must be --network = 'sockets'"):
+        cases_lib.hardware_here("h100x2_nvlink", 2, "sockets")
 
 
 def test_losses_are_compared_where_the_keys_are_equal():

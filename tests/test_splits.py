@@ -23,6 +23,7 @@ def test_cases_are_every_split_of_one_and_two_stages_and_one_twin():
         assert sum(case.is_pick for case in ours) == 1
         assert {case.config.batch.sequence_length for case in ours} == {length}
         assert len({case.config.tokens_per_step for case in ours}) == 1
+        assert len({case.config.batch.tokens_per_worker for case in ours}) == 1
 
 
 def test_growth_keeps_the_tokens_of_a_device():

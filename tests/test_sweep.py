@@ -24,8 +24,8 @@ def test_a_cell_has_both_placements_and_every_overlap_on_the_same_batches(num_de
     config = balanced.get_config()
     before = copy.deepcopy(config)
     grid = [4096, 16_384], [704, 1408], [2, 4]
-    cases = sweep.sweep_cases(config, H100, num_devices, *grid)
-    assert config == before
+    cases, left_out = sweep.sweep_cases(config, H100, num_devices, *grid)
+    assert config == before and left_out == []
     cells = {}
     for case in cases:
         cells.setdefault(case.group, []).append(case)
@@ -41,7 +41,17 @@ def test_a_cell_has_both_placements_and_every_overlap_on_the_same_batches(num_de
             assert twin.validate().split.expert_workers == num_devices
             assert twin.model == ours.model and twin.run == ours.run
         found.add((ours.batch.sequence_length, ours.model.expert_width, ours.model.top_k))
-    assert found == set(itertools.product(*grid))
+    assert found == {(8192, 1408, 4), *itertools.product(*grid)}
+    assert {case.group for case in cases if case.is_own} == {
+        "6 layers, sequence 8192, width 1408, top-k 4"
+    }
+
+
+def test_a_cell_that_does_not_fit_is_left_out():
+    cases, left_out = sweep.sweep_cases(balanced.get_config(), H100, 2, [4096], [1408, 2816], [4])
+    assert {case.expert_width for case in cases} == {1408}
+    (why,) = left_out
+    assert why.startswith("6 layers, sequence 4096, width 2816, top-k 4: ") and why.endswith("over")
 
 
 def test_communication_over_compute_is_that_of_the_blocking_twins_layer():
@@ -70,7 +80,7 @@ def cell(length, ours, twins, predicted, ratio=0.1):
             "group": f"sequence {length}", "name": f"split {way}", "way": way,
             "placement": "disaggregated" if way == sweep.AF_PIPE else "colocated",
             "sequence_length": length, "expert_width": 704, "top_k": 2,
-            "communication_over_compute": ratio, "seconds": seconds,
+            "communication_over_compute": ratio, "seconds": seconds, "is_own": False,
             "predicted_seconds": expected, "losses": [3.0, 2.0],
         }
         for way, seconds, expected in zip(WAYS, (ours, *twins), predicted, strict=True)
@@ -123,6 +133,7 @@ def test_good_results_pass_in_any_order():
         (3, "chunked", {"losses": [3.0, 2.1]}, ["losses of split af-pipe and split chunked dif"]),
         (3, "none", {"losses": [3.0, float("nan")]}, ["losses of split af-pipe and split none"]),
         (8, "none", {"seconds": 1.5}, ["sequence 8: AF-Pipe must be 1.6 times as fast as the bl"]),
+        (0, sweep.AF_PIPE, {"is_own": True}, ["sequence 0: AF-Pipe must be 0.95 times as fast as"]),
         (9, "interleaved", {"seconds": 1.06}, ["sequence 9: the planner's choice, interleaved"]),
         (0, "interleaved", {"predicted_seconds": 1.25},
          ["faster placement in 90% of the cells: it did in 8 of 10",

@@ -117,6 +117,7 @@ class Hardware:
         traffic while they last, not a share of the unit.
       update_milliseconds_per_gigaparameter: measured time of the optimizer and of packing weights;
         None takes the bytes that they move.
+      network: what the links were measured over, by its name in mesh/runtime.py.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Hardware:
     unit_fits: dict[str, UnitFit]
     lost_beside_transfers: dict[str, float] = dataclasses.field(default_factory=dict)
     update_milliseconds_per_gigaparameter: float | None = None
+    network: str = "default"
 
     @property
     def usable_bytes(self) -> float:
@@ -147,6 +149,10 @@ class Hardware:
     @property
     def bytes_per_second(self) -> float:
         return 1e9 * self.memory_gigabytes_per_second * self.memory_efficiency
+
+    def on_one_node(self, num_devices: int) -> "Hardware":
+        """With at least so many devices a node, which the links within it reach alike."""
+        return dataclasses.replace(self, devices_per_node=max(self.devices_per_node, num_devices))
 
     def unit_seconds(self, unit: str, products: float, scores: float, num_bytes: float) -> float:
         """Seconds of a unit, from its fit or from the rates.
