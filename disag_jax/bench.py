@@ -61,11 +61,8 @@ def changes(before: list[Figure], now: list[Figure]) -> list[str]:
 
 def write(path: str, what: str, config: Config, figures: list[Figure]):
     """Keeps figures with what they were measured on."""
-    devices = jax.devices()
     record = {
-        "what": what,
-        "config": config.name,
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        **_about(what, config),
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "figures": [dataclasses.asdict(figure) for figure in figures],
@@ -76,18 +73,38 @@ def write(path: str, what: str, config: Config, figures: list[Figure]):
         raise ConfigError(f"--out = {path!r} must be writable: {error.strerror}") from error
 
 
-def read(path: str, what: str) -> list[Figure]:
+def read(path: str, what: str, config: Config) -> list[Figure]:
     """The figures that `write` kept; ConfigError if they are none, or of something else."""
+    now = _about(what, config)
     try:
         record = json.loads(pathlib.Path(path).read_text())
         figures = [Figure(**figure) for figure in record["figures"]]
+        before = {name: record[name] for name in now}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--compare = {path!r} must be a file that --out wrote: {error}"
         ) from error
-    if record["what"] != what:
-        raise ConfigError(f"--compare = {path!r} must hold {what}, not {record['what']}")
+    for name in now:
+        _check_same(f"--compare = {path!r}, {name}", before[name], now[name])
     return figures
+
+
+def _about(what: str, config: Config) -> dict:
+    """What figures must have in common to be compared."""
+    devices = jax.devices()
+    return {
+        "what": what,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+    }
+
+
+def _check_same(where: str, before, now):
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in now:
+            _check_same(f"{where}.{name}", before.get(name), now[name])
+    elif before != now:
+        raise ConfigError(f"{where} = {before!r} must be {now!r}, as now")
 
 
 def beside_prediction(config: Config, hardware: Hardware, figures: list[Figure]) -> str:
@@ -125,7 +142,7 @@ def main(
         check_predictable(config)
         planned_for = planned_for.on_one_node(jax.local_device_count())
     enable_float64(config)
-    before = read(compare, what) if compare else None
+    before = read(compare, what, config) if compare else None
     figures = measures[what](config)
     devices = jax.devices()
     title = f"{what} of {config.name}, {devices[0].device_kind}, jax {jax.__version__}"

@@ -26,6 +26,7 @@ def measure(config: Config) -> list[Figure]:
     """The units, then steps on the config's text with the optimizer included."""
     units = measure_units(config, measure_rates(config)[0])
     stepper = Stepper(config, make_meshes(config))
+    stepper.check_memory()
     as_in_training, alone = WARM_UP + STEPS, WARM_UP + 2 * STEPS
     times, metrics = run_steps(stepper, alone, waits=lambda step: step >= as_in_training)
     updates = [t - of_step["pipeline_seconds"] for t, of_step in zip(times, metrics, strict=True)]

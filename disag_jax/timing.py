@@ -58,8 +58,9 @@ def time_iterations(name: str, call) -> Figure:
     milliseconds = (many.milliseconds - few.milliseconds) / (MANY - FEW)
     if milliseconds <= 0:
         # Too short to be told from the noise of a call: what it takes at most.
-        milliseconds = many.milliseconds / MANY
-    return dataclasses.replace(many, milliseconds=milliseconds)
+        return dataclasses.replace(many, milliseconds=many.milliseconds / MANY)
+    spread = (few.noise * few.milliseconds + many.noise * many.milliseconds) / (MANY - FEW)
+    return dataclasses.replace(many, milliseconds=milliseconds, noise=spread / milliseconds)
 
 
 def figure_of(name: str, times: list[float], **fields) -> Figure:

@@ -17,6 +17,8 @@ HOST = "/host:CPU"
 # The name of the annotation around a step (disag_jax/training.py).
 STEP = "step"
 COMMUNICATION = re.compile(r"nccl", re.IGNORECASE)
+# Of it, what permutes and all-to-alls are made of; sums and gathers have kernels of their own.
+EXCHANGE = re.compile(r"nccl.*SendRecv", re.IGNORECASE)
 
 
 class DeviceTime(NamedTuple):
@@ -109,12 +111,21 @@ def _events_of_gpu(plane):
             yield from line.events
 
 
-def device_times(directory) -> dict[str, DeviceTime]:
-    """The times of each GPU in the traces under a directory; ConfigError if there are none."""
+def device_times(directory, counted=COMMUNICATION) -> dict[str, DeviceTime]:
+    """The times of each GPU in the traces under a directory; ConfigError if there are none.
+
+    counted: the communication that counts; `EXCHANGE` leaves out the rest.
+    """
+    return times_of(kernels(directory), counted)
+
+
+def times_of(ran, counted=COMMUNICATION) -> dict[str, DeviceTime]:
+    """The same of what `kernels` returns."""
     spans = collections.defaultdict(lambda: ([], []))
-    for device, kernel, begin, end in kernels(directory):
-        is_communication = COMMUNICATION.search(kernel) is not None
-        spans[device][is_communication].append((begin, end))
+    for device, kernel, begin, end in ran:
+        if counted.search(kernel) or not COMMUNICATION.search(kernel):
+            is_communication = counted.search(kernel) is not None
+            spans[device][is_communication].append((begin, end))
     return {name: device_time(*parts) for name, parts in sorted(spans.items())}
 
 

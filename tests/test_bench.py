@@ -35,15 +35,18 @@ def test_every_measurement_runs_and_is_kept(config, tmp_path, capsys, monkeypatc
     for what, names in wanted.items():
         path = str(tmp_path / f"{what}.json")
         bench.main(what, config, path, None, "h100" if what == "step" else None)
-        figures = bench.read(path, what)
+        figures = bench.read(path, what, config)
         assert all(figure.milliseconds > 0 for figure in figures)
         for name in names:
             assert any(name in figure.name for figure in figures), (name, figures)
         printed = capsys.readouterr().out
         assert names[0] in printed
         assert ("predicted for h100: " in printed) == (what == "step")
-    with pytest.raises(ConfigError, match=r"must hold units, not step"):
-        bench.read(str(tmp_path / "step.json"), "units")
+    with pytest.raises(ConfigError, match=r"step.json', what = 'step' must be 'units', as now"):
+        bench.read(str(tmp_path / "step.json"), "units", config)
+    config.batch.micro_batches += 1
+    with pytest.raises(ConfigError, match=r"config.batch.micro_batches = 2 must be 3, as now"):
+        bench.read(str(tmp_path / "step.json"), "step", config)
 
 
 def test_a_prediction_stands_beside_steps_only():
@@ -72,7 +75,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, text):
     path = tmp_path / "old.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"--compare = .* must be a file that --out wrote"):
-        bench.read(str(path), "units")
+        bench.read(str(path), "units", support.small_config(SPLITS["disaggregated"], 2))
 
 
 def test_an_unknown_measurement_is_refused(tmp_path):

@@ -97,7 +97,7 @@ def test_each_placement_is_measured_at_its_fastest_size(capsys):
     with pytest.raises(RunError, match=r"colocated: no micro-batch size of 8192, 16384"):
         compare.compare(config, FakeRunner(speeds), 6, (8192, 16_384), twin)
     with pytest.raises(RunError, match="disaggregated: no memory"):
-        compare.compare(config, FakeRunner({"disaggregated": None}), 6, (), twin)
+        compare.compare(config, FakeRunner({"disaggregated": None}), 6, (16_384,), twin)
 
 
 @pytest.fixture(scope="module")

@@ -77,8 +77,19 @@ def test_an_unscheduled_program_is_refused():
 def test_a_trace_passes_if_compute_hides_what_it_could():
     # Communication takes twice the compute: half could be hidden, and 40% were.
     overlap.check_trace({"gpu": DeviceTime(2.0, 1.0, 2.0, 1.2)}, APART)
-    with pytest.raises(RunError, match=r"10% of the communication was hidden, .* could hide 50%"):
+    with pytest.raises(
+        RunError, match=r"10% of the transfers were hidden, and 25% must be, of the 50%"
+    ):
         overlap.check_trace({"gpu": DeviceTime(2.0, 1.0, 2.0, 1.8)}, APART)
     # Of 2 and 4 chunks on the way there and back, half and a quarter are at the ends.
-    with pytest.raises(RunError, match=r"15% of the communication was hidden, .* could hide 31%"):
+    with pytest.raises(
+        RunError, match=r"15% of the transfers were hidden, and 16% must be, of the 31%"
+    ):
         overlap.check_trace({"gpu": DeviceTime(2.0, 1.0, 2.0, 1.7)}, CHUNKED)
+
+
+def test_half_micro_batches_must_hide_four_fifths_where_compute_is_longer():
+    overlap.check_trace({"gpu": DeviceTime(3.0, 2.0, 1.0, 0.2)}, INTERLEAVED)
+    with pytest.raises(RunError, match=r"75% of the transfers were hidden, and 80% must be"):
+        overlap.check_trace({"gpu": DeviceTime(3.0, 2.0, 1.0, 0.25)}, INTERLEAVED)
+    overlap.check_trace({"gpu": DeviceTime(3.0, 1.0, 1.5, 0.9)}, INTERLEAVED)

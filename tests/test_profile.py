@@ -54,10 +54,12 @@ def test_a_profile_is_measured_written_and_read_back(tmp_path, capsys, monkeypat
 def test_what_is_done_once_per_call_drops_out(monkeypatch, once, each):
     times = {2: once + 2 * each, 10: once + 10 * each}
     monkeypatch.setattr(
-        timing, "time_calls", lambda name, call, **_: timing.Figure(name, call(), 0)
+        timing, "time_calls", lambda name, call, **_: timing.Figure(name, call(), 0.1)
     )
     figure = timing.time_iterations("x", times.get)
     assert figure.milliseconds == pytest.approx(each)
+    # Each of the two times may be off by its own noise.
+    assert figure.noise * figure.milliseconds == pytest.approx(0.1 * sum(times.values()) / 8)
     # A loop that seems to take no longer for more iterations takes at most the whole call.
     assert timing.time_iterations("x", lambda count: 3.0).milliseconds == pytest.approx(0.3)
 
