@@ -7,6 +7,8 @@ the time and the rate of each product, counting the real rows only.
 """
 
 import functools
+import itertools
+import statistics
 import time
 
 import jax
@@ -74,43 +76,72 @@ def measure(num_rows: int, skew: float):
         "+= x^T dy": (1, add_again),
     }
     counts = np.bincount(ids, minlength=EXPERTS)
-    load = counts.max() / counts.mean()
-    work = 2 * num_rows * D_MODEL * WIDTH
-    for name, (num_products, call) in calls.items():
-        took = time_calls(name, call, calls=REPEATS).milliseconds / 1e3
-        _report(name, num_rows, load, took, num_products * work)
-    _measure_torch(num_rows, counts, load, work)
+    line = _Report(num_rows, counts.max() / counts.mean())
+    took = {
+        name: line(name, time_calls(name, call, calls=REPEATS).milliseconds, num_products)
+        for name, (num_products, call) in calls.items()
+    }
+    # Of an expert: two products forward as a pair and the one down, and what their gradients take.
+    whole = ("x w, x v", "x w", "dy w^T", "dy w^T + dz v^T", *3 * ["+= x^T dy"])
+    line("all of an expert", sum(took[name] for name in whole), 9)
+    _measure_torch(num_rows, counts, line)
 
 
-def _measure_torch(num_rows: int, counts, load: float, work: float):
+class _Report:
+    """Prints a line for a measured time and returns it."""
+
+    def __init__(self, num_rows: int, load: float):
+        self._num_rows, self._load = num_rows, load
+
+    def __call__(self, name: str, milliseconds: float, num_products: int) -> float:
+        work = num_products * 2 * self._num_rows * D_MODEL * WIDTH
+        print(
+            f"{name:17} {self._num_rows:7,} rows, max/mean load {self._load:.2f}: "
+            f"{milliseconds:6.3f} ms, {work / milliseconds / 1e9:4.0f} TFLOP/s",
+            flush=True,
+        )
+        return milliseconds
+
+
+def _measure_torch(num_rows: int, counts, line: _Report):
+    """The same products of torch; it writes the weights' gradient, and adds it to nothing."""
     try:
         import torch
     except ImportError:
         return
     ends = torch.tensor(np.cumsum(counts), dtype=torch.int32, device="cuda")
-    x = torch.randn(num_rows, D_MODEL, device="cuda", dtype=torch.bfloat16)
-    w = torch.randn(EXPERTS, D_MODEL, WIDTH, device="cuda", dtype=torch.bfloat16)
-    for _ in range(3):
-        torch._grouped_mm(x, w, offs=ends)
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(REPEATS):
-        torch._grouped_mm(x, w, offs=ends)
-    torch.cuda.synchronize()
-    _report("torch x w", num_rows, load, (time.perf_counter() - began) / REPEATS, work)
+
+    def draw(*shape):
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    x, dy, w = draw(num_rows, D_MODEL), draw(num_rows, WIDTH), draw(EXPERTS, D_MODEL, WIDTH)
+    calls = {
+        "torch x w": lambda: torch._grouped_mm(x, w, offs=ends),
+        "torch dy w^T": lambda: torch._grouped_mm(dy, w.transpose(1, 2), offs=ends),
+        "torch x^T dy": lambda: torch._grouped_mm(x.t(), dy, offs=ends),
+    }
+    took = {name: line(name, _time_torch(call), 1) for name, call in calls.items()}
+    line("torch, all three", sum(took.values()), 3)
 
 
-def _report(name: str, num_rows: int, load: float, took: float, work: float):
-    print(
-        f"{name:17} {num_rows:7,} rows, max/mean load {load:.2f}: {1e3 * took:6.3f} ms, "
-        f"{work / took / 1e12:4.0f} TFLOP/s",
-        flush=True,
-    )
+def _time_torch(call) -> float:
+    """Milliseconds of a call: the median of repeats, as `time_calls` has it."""
+    import torch
+
+    times = []
+    for _ in range(1 + 5):  # the first warms up
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(REPEATS):
+            call()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - began) / REPEATS)
+    return statistics.median(times[1:])
 
 
 def main():
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
-    for num_rows, skew in ((98_304, 0.0), (98_304, 2.0), (65_536, 0.0), (32_768, 0.0)):
+    for num_rows, skew in itertools.product((98_304, 65_536, 32_768), (0.0, 2.0)):
         measure(num_rows, skew)
 
 

@@ -10,6 +10,7 @@ planner's count.
 """
 
 import dataclasses
+import time
 
 import jax
 
@@ -39,6 +40,7 @@ class DryRun:
     Attributes:
       prediction: the planner's, for the hardware.
       compiler: whose, "GPU" or "CPU".
+      compile_seconds: of lowering and compiling the pipeline here, kernels not tuned.
       needed: bytes of each kind of worker by the compiler's count.
       arguments_and_outputs: bytes of the program's on one device, by the compiler's count; outputs
         that take the memory of an argument count once.
@@ -47,6 +49,7 @@ class DryRun:
 
     prediction: Prediction
     compiler: str
+    compile_seconds: float
     needed: dict[str, int]
     arguments_and_outputs: int
     pair_bytes: dict[str, int]
@@ -57,15 +60,18 @@ def dry_run(config: Config, hardware: Hardware) -> DryRun:
     config.validate()
     prediction = predict(config, hardware)
     gpu = absent.gpu_of(hardware.name) if absent.cuda_plugin() else None
+    began = time.perf_counter()
     if gpu:
         compiled, stepper = compile_for_gpus(config, gpu)
     else:
         stepper = _stepper(config, jax.devices())
         compiled = _lowered(stepper).compile(compiler_options=QUICKLY)
+    compile_seconds = time.perf_counter() - began
     analysis = compiled.memory_analysis()
     return DryRun(
         prediction=prediction,
         compiler="GPU" if gpu else "CPU",
+        compile_seconds=compile_seconds,
         needed=needed_bytes(stepper.manager, compiled),
         arguments_and_outputs=analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes
@@ -138,7 +144,7 @@ def report(found: DryRun) -> str:
     config, hardware = prediction.config, prediction.hardware
     lines = [
         f"{config.name} on {config.split.num_devices} x {hardware.name}: schedule valid, program "
-        "compiled",
+        f"compiled for the {found.compiler} in {found.compile_seconds:.0f} s",
         f"step      {prediction.step_seconds:.3f} s predicted, MFU {prediction.mfu:.1%}",
     ]
     for kind, memory in prediction.memory.items():

@@ -302,9 +302,11 @@ def test_a_process_for_each_gpu_trains_like_one_for_both(tmp_path):
     assert len(one) == 4 and two == pytest.approx(one, rel=1e-4)
 
 
-def test_equal_runs_are_bitwise_equal_if_asked():
+@pytest.mark.parametrize("name", ["PAIR", "TWIN", "ONE"])
+def test_equal_runs_are_bitwise_equal_if_asked(name):
     """In processes of their own, because the flag counts when JAX starts."""
-    command = [sys.executable, "-c", TWO_RUNS]
+    needs(globals()[name])
+    command = [sys.executable, "-c", TWO_RUNS.replace("SPLIT", name)]
     environment = {**os.environ, "XLA_FLAGS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:]
@@ -316,7 +318,7 @@ from mesh import runtime
 runtime.start(0, deterministic=True)
 import jax, numpy as np
 from tests import support, test_gpu
-config = test_gpu.bfloat16_config(test_gpu.ONE)
+config = test_gpu.bfloat16_config(test_gpu.SPLIT)
 stepper = support.make_stepper(config)
 batch = support.random_sequences(config)
 
