@@ -91,13 +91,13 @@ def test_a_process_with_a_slow_device_is_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2 * TIMEOUT_SECONDS)
 def test_a_process_that_is_stopped_again_and_again_shows_as_slow_steps(tmp_path):
-    """Not by its name: samples fit between two stops, and its host is as slow as the other's."""
+    """Its name is not promised: samples fit between two stops, and hosts are equally slow."""
     config_file, workdir = launching.write_config(tmp_path), tmp_path / "run"
     arguments = (f"--config.run.log_every={LEAST_STEPS}", "--config.run.num_steps=100000")
     arguments += ("--config.run.checkpoint_every=0",)
     running = launching.start_all(config_file, workdir, 2, *PAIR, *arguments, devices=2)
-    # Some records to compare with, after the one that compiles.
-    usual = LEAST_STEPS * (ENOUGH_RECORDS + 2)
+    # Enough records that the median stays that of steps without stops.
+    usual = LEAST_STEPS * (ENOUGH_RECORDS + 4)
     launching.wait_for_step(workdir, usual, running)
     deadline = time.monotonic() + TIMEOUT_SECONDS / 2
     while not any(r["step"] >= usual + 4 * LEAST_STEPS for r in launching.read_records(workdir)):
@@ -109,14 +109,15 @@ def test_a_process_that_is_stopped_again_and_again_shows_as_slow_steps(tmp_path)
     running[1].send_signal(signal.SIGTERM)
     (out, error, code), _ = launching.finish(running)
     assert code == 0, error[-3000:]
-    times_expected = [
-        r["step_seconds"] / r["expected_step_seconds"]
-        for r in launching.read_records(workdir)
-        if r["step"] > usual + LEAST_STEPS and "expected_step_seconds" in r
-    ]
-    print(f"steps took {', '.join(f'{x:.1f}' for x in times_expected)} times the expected")
-    assert max(times_expected[:3]) >= 1.5
-    assert " s that were expected" in out, out
+    # All of these steps were under the stops.
+    stopped = range(usual + 2 * LEAST_STEPS, usual + 4 * LEAST_STEPS + 1)
+    records = [r for r in launching.read_records(workdir) if r["step"] in stopped]
+    times_expected = [f"{r['step_seconds'] / r['expected_step_seconds']:.1f}" for r in records]
+    print(f"steps took {', '.join(times_expected)} times the expected")
+    for record in records:
+        expected = record["expected_step_seconds"]
+        assert f"warning: step {record['step']}: a step took " in out, out
+        assert f" times the {expected:.3g} s that were expected" in out, out
 
 
 @pytest.mark.parametrize(
