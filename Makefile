@@ -12,8 +12,9 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
+# -rs lists what was skipped: two tests of file systems need the right to mount.
 test-slow: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -q -m slow
+	$(VENV)/bin/python -m pytest -q -rs -m slow
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -1,16 +1,21 @@
 """Checks of a config on the machine at hand that a promise holds for it.
 
-  python -m disag_jax.verify resume --config configs/tiny.py --workdir runs/verify --cpu_devices 8
+  python -m disag_jax.verify resume --config configs/tiny.py --cpu_devices 8
 
 `resume` trains once without a break and once with a stop and a resumption half way, as commands of
 their own, and compares what came out bit for bit: the metrics of every step, and all arrays of the
-last checkpoint, optimizer state included. On GPUs it wants `--deterministic`.
+last checkpoint, optimizer state included. On GPUs it wants `--deterministic`. The runs are in
+`--workdir`, or else in a temporary directory that is left, and named, only where the check fails.
 """
 
+import contextlib
 import copy
 import dataclasses
 import pathlib
+import shutil
 import subprocess
+import sys
+import tempfile
 
 from disag_jax import launch
 from disag_jax.config import Config, ConfigError
@@ -79,8 +84,11 @@ def _train(config: Config, workdir: pathlib.Path, *flags: str):
         raise RunError(f"{' '.join(flags)}: {launch.last_line(process.stderr)}")
 
 
-def main(check: str, config: Config, workdir: str, num_steps: int, flags: list[str]):
-    """Runs one of CHECKS; RunError if it fails."""
+def main(check: str, config: Config, workdir: str | None, num_steps: int, flags: list[str]):
+    """Runs one of CHECKS; RunError if it fails.
+
+    workdir: for the runs that are compared, which stay there; None is a temporary directory.
+    """
     if check not in CHECKS:
         raise ConfigError(f"check = {check!r} must be one of {', '.join(CHECKS)}")
     config.validate()
@@ -88,11 +96,29 @@ def main(check: str, config: Config, workdir: str, num_steps: int, flags: list[s
         raise ConfigError(
             f"--steps = {num_steps} must be even and at most run.num_steps = {config.run.num_steps}"
         )
+    with _temporary_directory() if workdir is None else _new_directory(workdir) as directory:
+        print(f"{check}: {verify_resume(config, directory, num_steps, *flags)}")
+
+
+@contextlib.contextmanager
+def _new_directory(workdir: str):
     directory = pathlib.Path(workdir).resolve()
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"workdir = {workdir!r} must be a new or empty directory")
     directory.mkdir(parents=True, exist_ok=True)
-    print(f"{check}: {verify_resume(config, directory, num_steps, *flags)}")
+    yield directory
+
+
+@contextlib.contextmanager
+def _temporary_directory():
+    """A directory that is removed at the end; after an error it stays, to be looked into."""
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="disag_jax-verify-"))
+    try:
+        yield directory
+    except BaseException:
+        print(f"the runs are in {directory}", file=sys.stderr)
+        raise
+    shutil.rmtree(directory)
 
 
 if __name__ == "__main__":
@@ -101,11 +127,13 @@ if __name__ == "__main__":
     from disag_jax import cli
 
     _CONFIG = cli.define_config_flag()
-    _WORKDIR = flags.DEFINE_string("workdir", None, "directory for the runs that are compared")
+    _WORKDIR = flags.DEFINE_string(
+        "workdir", None, "directory for the runs that are compared; default: a temporary one"
+    )
     _STEPS = flags.DEFINE_integer("steps", 6, "optimizer steps; the stop is after half of them")
     _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
     _DETERMINISTIC = flags.DEFINE_bool("deterministic", False, "as of train.py, for GPUs")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(["config"])
 
     def _run(check):
         more = [f"--cpu_devices={_CPU_DEVICES.value}"]

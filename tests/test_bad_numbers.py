@@ -1,13 +1,16 @@
 """A step with bad numbers changes nothing, says where they are, and too many in a row end a run."""
 
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 
+from disag_jax import training
 from disag_jax.bad_numbers import NonFiniteLossError, SkippedSteps, count_non_finite
 from disag_jax.config import PlacementKind, SplitConfig
+from disag_jax.saved_checkpoint import saved_steps
 from mesh.roles import Role
 from tests import support
 
@@ -83,3 +86,15 @@ def test_only_steps_in_a_row_stop_the_run():
     skip(steps, 6)
     with pytest.raises(NonFiniteLossError, match=r"step 7: .*run.max_skipped_steps = 2 in a row"):
         skip(steps, 7)
+
+
+@pytest.mark.slow
+def test_an_update_that_overflows_ends_the_run_with_the_checkpoints_before(small_run):
+    """Gradients are finite until parameters of the size of the learning rate meet in a product."""
+    config, workdir = small_run
+    support.make_plain(config)
+    config.optimizer.peak_learning_rate = 1e300
+    config.run.num_steps, config.run.checkpoint_every, config.run.eval_batches = 20, 1, 0
+    with pytest.raises(NonFiniteLossError, match=r"step 12: .*run.max_skipped_steps = 10 in a row"):
+        training.train(config, workdir)
+    assert saved_steps(pathlib.Path(workdir, "checkpoints")) == [1, 2]

@@ -1,11 +1,19 @@
 """Slow workers, slow hosts and slow steps are noticed and named."""
 
 import dataclasses
+import signal
+import time
 
 import pytest
 
 from disag_jax.config import SplitConfig
-from disag_jax.stragglers import Stragglers, slow_hosts
+from disag_jax.stragglers import (
+    ENOUGH_RECORDS,
+    LEAST_STEPS,
+    SLOW_SAMPLES,
+    Stragglers,
+    slow_hosts,
+)
 from tests import launching, support
 from tests.launching import PAIR, TIMEOUT_SECONDS
 
@@ -44,6 +52,72 @@ def test_a_process_with_a_slow_disk_is_named(tmp_path):
     record = [r for r in launching.read_records(workdir) if "host_seconds_of" in r][-1]
     assert f"times the {record['expected_step_seconds']:.3g} s that were expected" in out, out
     assert record["host_seconds_of"]["process1"] > 0.15 > record["host_seconds_of"]["process0"]
+
+
+# train.py, but the device of process 1 has fifty times the work in every sample.
+SLOW_DEVICE = """
+import runpy, sys
+sys.path.insert(0, ".")
+if "--process_id=1" in sys.argv:
+    from disag_jax import stragglers
+    seconds = stragglers._seconds
+    def fifty_times(function, argument):
+        return seconds(lambda argument: [function(argument) for _ in range(50)], argument)
+    stragglers._seconds = fifty_times
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_a_process_with_a_slow_device_is_named(tmp_path):
+    """By the worker that it holds: the times are measured, gathered and compared as in any run."""
+    config_file, workdir = launching.write_config(tmp_path), tmp_path / "run"
+    (tmp_path / "slow.py").write_text(SLOW_DEVICE)
+    num_steps = LEAST_STEPS * SLOW_SAMPLES
+    arguments = (f"--config.run.log_every={LEAST_STEPS}", f"--config.run.num_steps={num_steps}")
+    arguments += ("--config.run.checkpoint_every=0",)
+    running = launching.start_all(
+        config_file, workdir, 2, *PAIR, *arguments, devices=2, script=str(tmp_path / "slow.py")
+    )
+    (out, error, code), _ = launching.finish(running)
+    assert code == 0, error[-3000:]
+    samples = [r["worker_milliseconds"] for r in launching.read_records(workdir) if "loss" in r]
+    print(samples)
+    assert f"warning: step {num_steps}: replica0_stage0_expert0 is slow: it took " in out, samples
+    assert f" ms, {SLOW_SAMPLES} times in a row" in out
+    assert "attention0 is slow" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * TIMEOUT_SECONDS)
+def test_a_process_that_is_stopped_again_and_again_shows_as_slow_steps(tmp_path):
+    """Its name is not promised: samples fit between two stops, and hosts are equally slow."""
+    config_file, workdir = launching.write_config(tmp_path), tmp_path / "run"
+    arguments = (f"--config.run.log_every={LEAST_STEPS}", "--config.run.num_steps=100000")
+    arguments += ("--config.run.checkpoint_every=0",)
+    running = launching.start_all(config_file, workdir, 2, *PAIR, *arguments, devices=2)
+    # Enough records that the median stays that of steps without stops.
+    usual = LEAST_STEPS * (ENOUGH_RECORDS + 4)
+    launching.wait_for_step(workdir, usual, running)
+    deadline = time.monotonic() + TIMEOUT_SECONDS / 2
+    while not any(r["step"] >= usual + 4 * LEAST_STEPS for r in launching.read_records(workdir)):
+        assert time.monotonic() < deadline
+        running[1].send_signal(signal.SIGSTOP)
+        time.sleep(0.4)
+        running[1].send_signal(signal.SIGCONT)
+        time.sleep(0.1)
+    running[1].send_signal(signal.SIGTERM)
+    (out, error, code), _ = launching.finish(running)
+    assert code == 0, error[-3000:]
+    # All of these steps were under the stops.
+    stopped = range(usual + 2 * LEAST_STEPS, usual + 4 * LEAST_STEPS + 1)
+    records = [r for r in launching.read_records(workdir) if r["step"] in stopped]
+    times_expected = [f"{r['step_seconds'] / r['expected_step_seconds']:.1f}" for r in records]
+    print(f"steps took {', '.join(times_expected)} times the expected")
+    for record in records:
+        expected = record["expected_step_seconds"]
+        assert f"warning: step {record['step']}: a step took " in out, out
+        assert f" times the {expected:.3g} s that were expected" in out, out
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """Bitwise resume, by the command that users have; and that the command notices a bit."""
 
 import json
+import os
+import pathlib
 import shutil
 import subprocess
 import sys
 
 import pytest
 
+from configs import tiny
 from disag_jax import verify
-from disag_jax.errors import RunError
+from disag_jax.errors import RUN_ERROR, RunError
 from tests import launching
 from tests.launching import PAIR, REPOSITORY, TIMEOUT_SECONDS
 
@@ -75,3 +78,31 @@ def test_the_last_bit_counts(verified, what, tmp_path):
         message = r"of the checkpoints of step 6 must be equal bit by bit"
     with pytest.raises(RunError, match=message):
         verify.compare(verified[0] / "whole", workdir, NUM_STEPS)
+
+
+def test_without_a_workdir_a_check_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verify.tempfile, "tempdir", str(tmp_path))
+
+    def train_and_compare(config, directory, num_steps, *flags):
+        (directory / "whole").mkdir()
+        return f"{directory}, {num_steps} steps, {flags}"
+
+    monkeypatch.setattr(verify, "verify_resume", train_and_compare)
+    verify.main("resume", tiny.get_config(), None, 4, ["--cpu_devices=8"])
+    assert f"resume: {tmp_path}/disag_jax-verify-" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_workdir_a_check_that_fails_names_its_runs(tmp_path):
+    """The command as it is written; the config has more devices than are simulated."""
+    command = [sys.executable, "-m", "disag_jax.verify", "resume", "--config", "configs/tiny.py"]
+    done = subprocess.run(
+        [*command, "--cpu_devices=1"],
+        cwd=REPOSITORY, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == RUN_ERROR, done.stderr
+    (left,) = tmp_path.glob("disag_jax-verify-*")
+    named, error = done.stderr.splitlines()[-2:]
+    assert pathlib.Path(named.removeprefix("the runs are in ")) == left
+    assert "--stop_after=6 --cpu_devices=1: error: split = 8 devices " in error
+    assert (left / "whole.json").exists()
