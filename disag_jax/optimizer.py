@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from disag_jax.config import Config
+from disag_jax.config import Config, MuDtype
 
 
 def learning_rates(config: Config) -> np.ndarray:
@@ -43,11 +43,13 @@ def make_optimizer(config: Config, leading_dims: int) -> optax.GradientTransform
     """
     options = config.optimizer
 
+    mu_dtype = None if options.mu_dtype is MuDtype.MASTER else jnp.dtype(options.mu_dtype.value)
+
     def decays(params):
         return jax.tree.map(lambda leaf: leaf.ndim - leading_dims >= 2, params)
 
     return optax.chain(
-        optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps),
+        optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps, mu_dtype=mu_dtype),
         optax.add_decayed_weights(options.weight_decay, mask=decays),
     )
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from disag_jax.config import Config, ModelConfig, RouterScore
+from disag_jax.config import Config, ModelConfig, MuDtype, RouterScore
 
 # Large enough that no gradient is trivial, small enough that no score saturates.
 _INIT_SCALE = 0.5
@@ -318,6 +318,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
             mask=decayed,
+            mu_dtype=None if optimizer.mu_dtype is MuDtype.MASTER else jnp.bfloat16,
         ),
     )
 

@@ -15,7 +15,7 @@ import pytest
 
 from disag_jax import leaf_arrays
 from disag_jax.checkpoint import Checkpoints, SaveFailedError
-from disag_jax.config import ConfigError, PlacementKind, SplitConfig
+from disag_jax.config import ConfigError, MuDtype, PlacementKind, SplitConfig
 from disag_jax.logical import state_maps
 from disag_jax.saved_checkpoint import SavedCheckpoint, UnreadableCheckpointError
 from disag_jax.state import StateManager
@@ -136,6 +136,30 @@ def test_training_goes_on_under_another_split(name, run):
     for step, expected in zip(range(2, 4), run.losses, strict=True):
         state, metrics = stepper.train_step(state, sequences(step))
         assert support.relative_error(metrics["total_loss"], expected) < 1e-12
+
+
+def test_a_short_first_moment_is_kept_bit_for_bit(tmp_path):
+    def manager_of(name):
+        config = support.small_config(*SPLITS[name], **MODEL)
+        config.optimizer.mu_dtype = MuDtype.BFLOAT16
+        return support.make_stepper(config).manager
+
+    here, there = manager_of("1 2 2"), manager_of("one device")
+    state = here.init(0)
+    draw = np.random.default_rng(0).standard_normal
+    state.opt_state = jax.tree.map(
+        lambda x: jax.device_put(jnp.asarray(draw(x.shape), x.dtype), x.sharding), state.opt_state
+    )
+    checkpoints = Checkpoints(tmp_path, here)
+    checkpoints.save(state, EXTRA)
+    checkpoints.wait()
+    restored, _ = Checkpoints(tmp_path, there).restore()
+    saved, found = logical(here, state.masters), logical(there, restored.masters)
+    jax.tree.map(np.testing.assert_array_equal, saved, found)
+    leaves = jax.tree.leaves(restored.opt_state)
+    assert {leaf.dtype.name for leaf in leaves} == {"bfloat16", "float64", "int32"}
+    with pytest.raises(ConfigError, match="mu"):
+        Checkpoints(tmp_path, stepper_of("1 2 2").manager).restore()
 
 
 def test_a_run_that_moves_at_every_step(run, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from disag_jax import optimizer
-from disag_jax.config import PlacementKind, RouterScore, SplitConfig
+from disag_jax.config import MuDtype, PlacementKind, RouterScore, SplitConfig
 from disag_jax.geometry import Bucket, buckets
 from disag_jax.step import BUCKET_MEMORY, BucketChooser
 from tests import reference, support
@@ -42,7 +42,26 @@ def colocated():
     return support.make_stepper(support.small_config(split, 2, **EVERYTHING_ON, **router))
 
 
-@pytest.mark.parametrize("name", ["everything_on", "colocated"])
+@pytest.fixture(scope="module")
+def short_first_moment():
+    """A small model whose first moments are bfloat16 between steps, everything else float64."""
+    split = SplitConfig(attention_workers=1, expert_workers=1, bucket_factors=())
+    config = support.small_config(split, 2, num_layers=1, bias_update_rate=0.01)
+    config.optimizer.mu_dtype = MuDtype.BFLOAT16
+    return support.make_stepper(config)
+
+
+def test_the_first_moment_is_of_the_type_that_is_asked_for(short_first_moment, everything_on):
+    def dtypes(stepper):
+        states = [s[0] for s in stepper.init(0).opt_state.values()]
+        return [{x.dtype.name for x in jax.tree.leaves([getattr(s, name) for s in states])}
+                for name in ("mu", "nu")]  # fmt: skip
+
+    assert dtypes(short_first_moment) == [{"bfloat16"}, {"float64"}]
+    assert dtypes(everything_on) == [{"float64"}, {"float64"}]
+
+
+@pytest.mark.parametrize("name", ["everything_on", "colocated", "short_first_moment"])
 def test_twenty_steps_equal_a_plain_optax_trainer(name, request):
     stepper = request.getfixturevalue(name)
     config = stepper.config
