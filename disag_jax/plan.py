@@ -40,6 +40,12 @@ class Plan:
     rows: list[tuple[str, Prediction]]
     advice: Advice
 
+    @property
+    def apart(self) -> Config | None:
+        """The best disaggregated split; None where none fits."""
+        first, last = self.best, self.rows[-1][1]
+        return next((p.config for p in (first, last) if not p.config.split.colocated), None)
+
 
 def make_plan(
     config: Config,
@@ -215,7 +221,7 @@ def main(
     if timeline:
         pictures.write_timeline(plan.best, timeline)
     if plot:
-        pictures.write_page(plan.best, plot, load_factor)
+        pictures.write_page(plan.best, plot, plan.apart, fixed.recompute, load_factor)
     return plan
 
 

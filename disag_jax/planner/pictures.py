@@ -6,12 +6,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from disag_jax.config import PlacementKind
+from disag_jax.config import Config, PlacementKind, Recompute
 from disag_jax.errors import ConfigError
 from disag_jax.planner import timeline
-from disag_jax.planner.prediction import Prediction, predict
+from disag_jax.planner.hardware import Hardware
+from disag_jax.planner.prediction import Prediction, simulate_step, total_seconds
 from disag_jax.planner.roofline import demand_of
-from disag_jax.planner.search import Fixed, candidates
+from disag_jax.planner.search import Fixed, candidates, with_least_recompute
 from disag_jax.planner.sizes import Sizes
 from disag_jax.planner.topology import StageLinks
 from disag_jax.schedule import Schedule, schedule_of
@@ -49,9 +50,17 @@ def write_timelines(
         _write(plot, lambda file: figure.savefig(file, dpi=140), "plot")
 
 
-def write_page(prediction: Prediction, path: str, load_factor: float | None = None):
+def write_page(
+    prediction: Prediction,
+    path: str,
+    apart: Config | None,
+    recompute: Recompute | None = None,
+    load_factor: float | None = None,
+):
     """Draws timeline, roofline, and step time against the ratio of the roles; PNG or PDF.
 
+    apart: the best disaggregated split; None where none fits.
+    recompute: of the other ratios; None is as little as fits.
     load_factor: as `predict` takes it, for the other ratios.
     """
     with matplotlib.rc_context(STYLE):
@@ -65,7 +74,7 @@ def write_page(prediction: Prediction, path: str, load_factor: float | None = No
         )  # fmt: skip
         _draw_timeline(figure.add_subplot(grid[0, :]), prediction)
         _draw_roofline(figure.add_subplot(grid[1, 0]), prediction)
-        _draw_ratios(figure.add_subplot(grid[1, 1]), prediction, load_factor)
+        _draw_ratios(figure.add_subplot(grid[1, 1]), prediction, apart, recompute, load_factor)
         _write(path, lambda file: figure.savefig(file, dpi=140), "plot")
 
 
@@ -114,30 +123,51 @@ def _draw_roofline(axes, prediction: Prediction):
     axes.legend(loc="upper left")
 
 
-def _draw_ratios(axes, prediction: Prediction, load_factor: float | None):
-    """Time per token of every division of a stage into attention and experts that fits."""
-    config, split = prediction.config, prediction.config.split
-    fixed = Fixed(
-        replicas=split.replicas, stages=split.stages,
-        tokens_per_worker=config.batch.tokens_per_worker,
-    )  # fmt: skip
-    by_hop: dict[int, list[tuple[float, float]]] = {}
-    kind = PlacementKind.DISAGGREGATED
-    for one in candidates(config, split.num_devices, kind, fixed):
-        found = predict(one, prediction.hardware, load_factor)
-        if not found.fits:
-            continue
-        workers = one.split.attention_workers + one.split.expert_workers
-        share = one.split.attention_workers / workers
-        by_hop.setdefault(one.split.hop, []).append((share, 1e6 / found.tokens_per_second))
+def _draw_ratios(
+    axes,
+    pick: Prediction,
+    apart: Config | None,
+    recompute: Recompute | None = None,
+    load_factor: float | None = None,
+):
+    """Time per token of the divisions of a stage into attention and experts that fit.
+
+    Stages, replicas and micro-batches are those of `apart`, the best disaggregated split, which is
+    one of the points; each division recomputes as little as fits.
+    """
+    by_hop = _times_of_divisions(pick.hardware, apart, recompute, load_factor) if apart else {}
     for hop, points in by_hop.items():
         axes.plot(*zip(*sorted(points), strict=True), "o-", ms=4, label=f"hop {hop}")
-    axes.axhline(1e6 / prediction.tokens_per_second, ls="--", color="#707070", label="the pick")
+    if not by_hop:
+        axes.text(0.5, 0.5, "none fits", ha="center", transform=axes.transAxes)
+    label = f"the pick, {pick.config.split.placement}"
+    axes.axhline(1e6 / pick.tokens_per_second, ls="--", color="#707070", label=label)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("attention workers' share of a stage")
     axes.set_ylabel("microseconds per token")
-    axes.set_title("Step time against the ratio of attention to experts")
+    where = f", {apart.split.replicas} x {apart.split.stages} stages" if apart else ""
+    axes.set_title(f"Step time against the ratio of attention to experts{where}")
     axes.legend()
+
+
+def _times_of_divisions(
+    hardware: Hardware, apart: Config, recompute: Recompute | None, load_factor: float | None
+) -> dict[int, list[tuple[float, float]]]:
+    """(attention's share of a stage, microseconds per token) of each division that fits, by hop."""
+    split = apart.split
+    fixed = Fixed(
+        replicas=split.replicas, stages=split.stages,
+        tokens_per_worker=apart.batch.tokens_per_worker,
+    )  # fmt: skip
+    workers = split.attention_workers + split.expert_workers
+    by_hop = {}
+    for one in candidates(apart, split.num_devices, PlacementKind.DISAGGREGATED, fixed):
+        costs = with_least_recompute(one, hardware, recompute, load_factor)
+        if costs:
+            seconds = total_seconds(costs, simulate_step(costs)) / one.tokens_per_step
+            point = one.split.attention_workers / workers, 1e6 * seconds
+            by_hop.setdefault(one.split.hop, []).append(point)
+    return by_hop
 
 
 def _write(path: str, write, flag: str):

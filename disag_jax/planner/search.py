@@ -199,25 +199,39 @@ def _fitting(
     fixed: Fixed,
     load_factor: float | None = None,
 ) -> Iterator[Costs]:
-    """The candidates that fit the memory, each recomputing as little as lets it fit.
-
-    Chunks are in the best degrees; where one piece is better, the candidate is left out.
-    """
+    """The candidates that fit the memory, each recomputing as little as lets it fit."""
     for candidate in candidates(config, num_devices, placement, fixed):
-        load = assumed_load_factor(candidate, load_factor)
-        resident = resident_bytes(Sizes.of(candidate, load)).values()
-        if any(sum(parts.values()) > hardware.usable_bytes for parts in resident):
+        costs = with_least_recompute(candidate, hardware, fixed.recompute, load_factor)
+        if costs:
+            yield costs
+
+
+def with_least_recompute(
+    candidate: Config,
+    hardware: Hardware,
+    recompute: Recompute | None = None,
+    load_factor: float | None = None,
+) -> Costs | None:
+    """The candidate, recomputing as little as lets it fit the memory; None where nothing does.
+
+    Chunks are in the best degrees; where one piece is better, there is none either.
+
+    recompute: the only one to try.
+    """
+    load = assumed_load_factor(candidate, load_factor)
+    resident = resident_bytes(Sizes.of(candidate, load)).values()
+    if any(sum(parts.values()) > hardware.usable_bytes for parts in resident):
+        return None
+    for policy in [recompute] if recompute else LEAST_RECOMPUTE_FIRST:
+        tried = with_recompute(candidate, policy)
+        if tried.split.overlap is Overlap.CHUNKED:
+            tried = overlaps.with_best_degrees(tried, hardware, load)
+        if tried is None:
             continue
-        for recompute in [fixed.recompute] if fixed.recompute else LEAST_RECOMPUTE_FIRST:
-            tried = with_recompute(candidate, recompute)
-            if tried.split.overlap is Overlap.CHUNKED:
-                tried = overlaps.with_best_degrees(tried, hardware, load)
-            if tried is None:
-                continue
-            sizes = Sizes.of(tried, load)
-            if not missing_bytes(predict_memory(sizes), hardware):
-                yield Costs(sizes, hardware)
-                break
+        sizes = Sizes.of(tried, load)
+        if not missing_bytes(predict_memory(sizes), hardware):
+            return Costs(sizes, hardware)
+    return None
 
 
 def with_recompute(config: Config, recompute: Recompute) -> Config:
