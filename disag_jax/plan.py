@@ -40,12 +40,6 @@ class Plan:
     rows: list[tuple[str, Prediction]]
     advice: Advice
 
-    @property
-    def apart(self) -> Config | None:
-        """The best disaggregated split; None where none fits."""
-        first, last = self.best, self.rows[-1][1]
-        return next((p.config for p in (first, last) if not p.config.split.colocated), None)
-
 
 def make_plan(
     config: Config,
@@ -221,7 +215,10 @@ def main(
     if timeline:
         pictures.write_timeline(plan.best, timeline)
     if plot:
-        pictures.write_page(plan.best, plot, plan.apart, fixed.recompute, load_factor)
+        ratios = search_lib.fastest_of_ratios(
+            search_lib.without_auto(config), plan.best.hardware, num_devices, fixed, load_factor
+        )
+        pictures.write_page(plan.best, plot, ratios)
     return plan
 
 

@@ -1,18 +1,17 @@
 """Pictures of a plan, a timeline and a page of three panels; and of a step beside its plan."""
 
 import pathlib
+from fractions import Fraction
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from disag_jax.config import Config, PlacementKind, Recompute
 from disag_jax.errors import ConfigError
 from disag_jax.planner import timeline
-from disag_jax.planner.hardware import Hardware
-from disag_jax.planner.prediction import Prediction, simulate_step, total_seconds
+from disag_jax.planner.prediction import Prediction
 from disag_jax.planner.roofline import demand_of
-from disag_jax.planner.search import Fixed, candidates, with_least_recompute
+from disag_jax.planner.search import Found
 from disag_jax.planner.sizes import Sizes
 from disag_jax.planner.topology import StageLinks
 from disag_jax.schedule import Schedule, schedule_of
@@ -50,18 +49,10 @@ def write_timelines(
         _write(plot, lambda file: figure.savefig(file, dpi=140), "plot")
 
 
-def write_page(
-    prediction: Prediction,
-    path: str,
-    apart: Config | None,
-    recompute: Recompute | None = None,
-    load_factor: float | None = None,
-):
+def write_page(prediction: Prediction, path: str, ratios: dict[tuple[int, Fraction], Found]):
     """Draws timeline, roofline, and step time against the ratio of the roles; PNG or PDF.
 
-    apart: the best disaggregated split; None where none fits.
-    recompute: of the other ratios; None is as little as fits.
-    load_factor: as `predict` takes it, for the other ratios.
+    ratios: `search.fastest_of_ratios` of the same devices.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 7.5), layout="constrained")
@@ -74,7 +65,7 @@ def write_page(
         )  # fmt: skip
         _draw_timeline(figure.add_subplot(grid[0, :]), prediction)
         _draw_roofline(figure.add_subplot(grid[1, 0]), prediction)
-        _draw_ratios(figure.add_subplot(grid[1, 1]), prediction, apart, recompute, load_factor)
+        _draw_ratios(figure.add_subplot(grid[1, 1]), prediction, ratios)
         _write(path, lambda file: figure.savefig(file, dpi=140), "plot")
 
 
@@ -123,51 +114,23 @@ def _draw_roofline(axes, prediction: Prediction):
     axes.legend(loc="upper left")
 
 
-def _draw_ratios(
-    axes,
-    pick: Prediction,
-    apart: Config | None,
-    recompute: Recompute | None = None,
-    load_factor: float | None = None,
-):
-    """Time per token of the divisions of a stage into attention and experts that fit.
-
-    Stages, replicas and micro-batches are those of `apart`, the best disaggregated split, which is
-    one of the points; each division recomputes as little as fits.
-    """
-    by_hop = _times_of_divisions(pick.hardware, apart, recompute, load_factor) if apart else {}
+def _draw_ratios(axes, pick: Prediction, ratios: dict[tuple[int, Fraction], Found]):
+    """Time per token of the fastest split of each ratio of attention to experts that fits."""
+    by_hop: dict[int, list[tuple[float, float]]] = {}
+    for (hop, share), found in sorted(ratios.items()):
+        by_hop.setdefault(hop, []).append((float(share), 1e6 * found.seconds_per_token))
     for hop, points in by_hop.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", ms=4, label=f"hop {hop}")
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, label=f"hop {hop}")
     if not by_hop:
         axes.text(0.5, 0.5, "none fits", ha="center", transform=axes.transAxes)
     label = f"the pick, {pick.config.split.placement}"
     axes.axhline(1e6 / pick.tokens_per_second, ls="--", color="#707070", label=label)
+    axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("attention workers' share of a stage")
     axes.set_ylabel("microseconds per token")
-    where = f", {apart.split.replicas} x {apart.split.stages} stages" if apart else ""
-    axes.set_title(f"Step time against the ratio of attention to experts{where}")
+    axes.set_title("Fastest disaggregated split of each ratio of attention to experts")
     axes.legend()
-
-
-def _times_of_divisions(
-    hardware: Hardware, apart: Config, recompute: Recompute | None, load_factor: float | None
-) -> dict[int, list[tuple[float, float]]]:
-    """(attention's share of a stage, microseconds per token) of each division that fits, by hop."""
-    split = apart.split
-    fixed = Fixed(
-        replicas=split.replicas, stages=split.stages,
-        tokens_per_worker=apart.batch.tokens_per_worker,
-    )  # fmt: skip
-    workers = split.attention_workers + split.expert_workers
-    by_hop = {}
-    for one in candidates(apart, split.num_devices, PlacementKind.DISAGGREGATED, fixed):
-        costs = with_least_recompute(one, hardware, recompute, load_factor)
-        if costs:
-            seconds = total_seconds(costs, simulate_step(costs)) / one.tokens_per_step
-            point = one.split.attention_workers / workers, 1e6 * seconds
-            by_hop.setdefault(one.split.hop, []).append(point)
-    return by_hop
 
 
 def _write(path: str, write, flag: str):

@@ -6,7 +6,8 @@ simulated step: what is found is the best of all that `candidates` lists, and al
 """
 
 import dataclasses
-from collections.abc import Iterator
+import fractions
+from collections.abc import Iterable, Iterator
 
 from disag_jax.config import Config, Overlap, PlacementKind, Recompute, SplitConfig
 from disag_jax.errors import ConfigError
@@ -158,7 +159,33 @@ def search(
     """The split with the least time per token, or None where none fits the memory."""
     check_predictable(config)
     fixed = fixed or Fixed()
-    fitting = _fitting(config, hardware, num_devices, placement, fixed, load_factor)
+    return _fastest(_fitting(config, hardware, num_devices, placement, fixed, load_factor))
+
+
+def fastest_of_ratios(
+    config: Config,
+    hardware: Hardware,
+    num_devices: int,
+    fixed: Fixed | None = None,
+    load_factor: float | None = None,
+) -> dict[tuple[int, fractions.Fraction], Found]:
+    """The fastest disaggregated split of each (hop, attention workers' share of a stage) that fits.
+
+    What `fixed` says of workers is left out.
+    """
+    fixed = dataclasses.replace(fixed or Fixed(), attention_workers=None, expert_workers=None)
+    kind = PlacementKind.DISAGGREGATED
+    by_ratio: dict[tuple[int, fractions.Fraction], list[Costs]] = {}
+    for costs in _fitting(config, hardware, num_devices, kind, fixed, load_factor):
+        split = costs.config.split
+        workers = split.attention_workers + split.expert_workers
+        share = fractions.Fraction(split.attention_workers, workers)
+        by_ratio.setdefault((split.hop, share), []).append(costs)
+    return {ratio: _fastest(by_ratio[ratio]) for ratio in sorted(by_ratio)}
+
+
+def _fastest(fitting: Iterable[Costs]) -> Found | None:
+    """The one with the least time per token; those are simulated whose bound is below the best."""
     bounded = [
         (least_seconds(costs) / costs.config.tokens_per_step, order, costs)
         for order, costs in enumerate(fitting)
@@ -199,39 +226,25 @@ def _fitting(
     fixed: Fixed,
     load_factor: float | None = None,
 ) -> Iterator[Costs]:
-    """The candidates that fit the memory, each recomputing as little as lets it fit."""
-    for candidate in candidates(config, num_devices, placement, fixed):
-        costs = with_least_recompute(candidate, hardware, fixed.recompute, load_factor)
-        if costs:
-            yield costs
+    """The candidates that fit the memory, each recomputing as little as lets it fit.
 
-
-def with_least_recompute(
-    candidate: Config,
-    hardware: Hardware,
-    recompute: Recompute | None = None,
-    load_factor: float | None = None,
-) -> Costs | None:
-    """The candidate, recomputing as little as lets it fit the memory; None where nothing does.
-
-    Chunks are in the best degrees; where one piece is better, there is none either.
-
-    recompute: the only one to try.
+    Chunks are in the best degrees; where one piece is better, the candidate is left out.
     """
-    load = assumed_load_factor(candidate, load_factor)
-    resident = resident_bytes(Sizes.of(candidate, load)).values()
-    if any(sum(parts.values()) > hardware.usable_bytes for parts in resident):
-        return None
-    for policy in [recompute] if recompute else LEAST_RECOMPUTE_FIRST:
-        tried = with_recompute(candidate, policy)
-        if tried.split.overlap is Overlap.CHUNKED:
-            tried = overlaps.with_best_degrees(tried, hardware, load)
-        if tried is None:
+    for candidate in candidates(config, num_devices, placement, fixed):
+        load = assumed_load_factor(candidate, load_factor)
+        resident = resident_bytes(Sizes.of(candidate, load)).values()
+        if any(sum(parts.values()) > hardware.usable_bytes for parts in resident):
             continue
-        sizes = Sizes.of(tried, load)
-        if not missing_bytes(predict_memory(sizes), hardware):
-            return Costs(sizes, hardware)
-    return None
+        for recompute in [fixed.recompute] if fixed.recompute else LEAST_RECOMPUTE_FIRST:
+            tried = with_recompute(candidate, recompute)
+            if tried.split.overlap is Overlap.CHUNKED:
+                tried = overlaps.with_best_degrees(tried, hardware, load)
+            if tried is None:
+                continue
+            sizes = Sizes.of(tried, load)
+            if not missing_bytes(predict_memory(sizes), hardware):
+                yield Costs(sizes, hardware)
+                break
 
 
 def with_recompute(config: Config, recompute: Recompute) -> Config:
