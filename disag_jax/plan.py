@@ -21,9 +21,8 @@ from disag_jax.planner import search as search_lib
 from disag_jax.planner.advice import Advice, advise
 from disag_jax.planner.hardware import Hardware, load
 from disag_jax.planner.prediction import Prediction, WorkerTime, predict
-from disag_jax.planner.roofline import allocate, demand_of
+from disag_jax.planner.roofline import allocate, demand_of_any
 from disag_jax.planner.search import Fixed
-from disag_jax.planner.topology import per_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,18 +180,27 @@ def _roofline(prediction: Prediction) -> str:
     """The roofline's division of the devices, and of the network cards where there are any."""
     config, hardware = prediction.config, prediction.hardware
     devices = config.split.num_devices
-    is_far = devices > hardware.devices_per_node
-    link = per_device(hardware) if is_far else hardware.intra_node
+    nodes = -(-devices // hardware.devices_per_node)
+    num_cards = nodes * hardware.nics_per_node if nodes > 1 else None
+    link = hardware.intra_node if num_cards is None else hardware.inter_node
     move = link.many_to_many
     found = allocate(
-        demand_of(config, config.split.expert_workers), devices, devices,
+        demand_of_any(config, devices), devices, num_cards,
         flops_per_second=1e12 * hardware.product_tflops * hardware.product_efficiency,
         bytes_per_second=1e9 * move.gigabytes_per_second * move.efficiency,
+        peak_flops_per_second=1e12 * hardware.peak_tflops,
     )  # fmt: skip
-    cards = f", links {found.attention_cards} : {found.expert_cards}"
+    workers = -(-found.expert_devices // (config.split.replicas * config.split.stages))
+    text = (
+        f"attention {found.attention_devices} : experts {found.expert_devices} of {devices} "
+        f"devices, tokens sent to those of {workers} expert workers a stage that they need; by "
+        f"arithmetic and bandwidth alone (MFU {found.mfu:.0%})"
+    )
+    if num_cards is None:
+        return text
     return (
-        f"attention {found.attention_devices} : experts {found.expert_devices} of {devices} devices"
-        f"{cards}, by arithmetic and bandwidth alone (MFU {found.mfu:.0%})"
+        f"{text}. Network cards {found.attention_cards} : {found.expert_cards}: to divide them so, "
+        "name each process's in its NCCL_IB_HCA (docs/planner.md)"
     )
 
 
