@@ -30,6 +30,11 @@ def test_bad_paths_are_refused_before_anything_is_written(tmp_path, capsys):
             plan.main(config, "h100", 2, Fixed(), None, str(good), str(tmp_path / name))
     with pytest.raises(ConfigError, match=r"--timeline = .* must be in a directory .* be none"):
         plan.main(config, "h100", 2, Fixed(), None, str(tmp_path))
+    same = str(tmp_path / "here.png"), str(tmp_path / "none" / ".." / "here.png")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match=r"--plot = .* must be another file than --timeline"):
+        plan.main(config, "h100", 2, Fixed(), None, *same)
+    assert not (tmp_path / "here.png").exists()
     with pytest.raises(ConfigError, match="num_devices = 1"):
         plan.main(config, "h100", 1, Fixed(), None, str(good))
     assert not good.exists() and capsys.readouterr().out == ""

@@ -84,6 +84,15 @@ def missing_in_words(missing: dict[str, float]) -> str:
     return ", ".join(f"{kind} {in_words(size)} over" for kind, size in missing.items())
 
 
+def against_usable(memory: dict[str, Memory], hardware: Hardware) -> str:
+    """Each kind of worker, by how much it does not fit, or what it leaves."""
+    left = {kind: hardware.usable_bytes - worker.total for kind, worker in memory.items()}
+    return ", ".join(
+        f"{kind} {in_words(abs(size))} {'over' if size < 0 else 'to spare'}"
+        for kind, size in left.items()
+    )
+
+
 def _stash(sizes: Sizes) -> float:
     config, split = sizes.config, sizes.config.split
     slots = stash_slots(

@@ -7,6 +7,7 @@ simulated step: what is found is the best of all that `candidates` lists, and al
 
 import dataclasses
 import fractions
+import math
 from collections.abc import Iterable, Iterator
 
 from disag_jax.config import Config, Overlap, PlacementKind, Recompute, SplitConfig
@@ -15,8 +16,9 @@ from disag_jax.planner import overlaps
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.memory_model import (
+    Memory,
+    against_usable,
     missing_bytes,
-    missing_in_words,
     predict_memory,
     resident_bytes,
 )
@@ -300,27 +302,50 @@ def refusal(
     fixed: Fixed | None = None,
     load_factor: float | None = None,
 ) -> ConfigError:
-    """Why no split can be had: what is over, by how much, where it is over least."""
+    """Why no split can be had: what is over, by how much, where it is over least.
+
+    Of the disaggregated split that comes closest each role is named.
+    """
     fixed = fixed or Fixed()
     wanted = f" with {fixed}" if str(fixed) else ""
-    least, where = None, None
+    found = []
     for placement in PLACEMENTS:
-        for candidate in candidates(config, num_devices, placement, fixed):
-            candidate = with_recompute(candidate, fixed.recompute or Recompute.FULL)
-            sizes = Sizes.of(candidate, assumed_load_factor(candidate, load_factor))
-            missing = missing_bytes(predict_memory(sizes), hardware)
-            if least is None or sum(missing.values()) < sum(least.values()):
-                least, where = missing, candidate
-    if least is None:
+        where, memory = _closest(config, hardware, num_devices, placement, fixed, load_factor)
+        if where:
+            found.append(
+                f"{placement} comes closest with {in_words(where)}: "
+                f"{against_usable(memory, hardware)}"
+            )
+    if not found:
         return ConfigError(
             f"num_devices = {num_devices} must divide into replicas x stages x workers of a "
             f"stage{wanted}, with whole sequences of {config.batch.sequence_length} tokens for "
             f"about {config.tokens_per_step:,} tokens per step"
         )
     return ConfigError(
-        f"num_devices = {num_devices} of {hardware.name} must hold {config.name}{wanted}: the "
-        f"split that comes closest, {in_words(where)}, is {missing_in_words(least)}"
+        f"num_devices = {num_devices} of {hardware.name} must hold {config.name}{wanted}: "
+        f"{'; '.join(found)}"
     )
+
+
+def _closest(
+    config: Config,
+    hardware: Hardware,
+    num_devices: int,
+    placement: PlacementKind,
+    fixed: Fixed,
+    load_factor: float | None,
+) -> tuple[Config | None, dict[str, Memory]]:
+    """The candidate with the fewest bytes over the memory, and its workers'; None without any."""
+    least, where, its_memory = math.inf, None, {}
+    for candidate in candidates(config, num_devices, placement, fixed):
+        candidate = with_recompute(candidate, fixed.recompute or Recompute.FULL)
+        sizes = Sizes.of(candidate, assumed_load_factor(candidate, load_factor))
+        memory = predict_memory(sizes)
+        over = sum(missing_bytes(memory, hardware).values())
+        if over < least:
+            least, where, its_memory = over, candidate, memory
+    return where, its_memory
 
 
 def in_words(config: Config) -> str:
