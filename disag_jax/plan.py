@@ -211,8 +211,8 @@ def _roofline(prediction: Prediction) -> str:
     workers = -(-found.expert_devices // (config.split.replicas * config.split.stages))
     text = (
         f"attention {found.attention_devices} : experts {found.expert_devices} of {devices} "
-        f"devices, tokens sent to those of {workers} expert workers a stage that they need; by "
-        f"arithmetic and bandwidth alone (MFU {found.mfu:.0%})"
+        f"devices, {workers} a stage with experts, by arithmetic and bandwidth alone "
+        f"(MFU {found.mfu:.0%})"
     )
     if num_cards is None:
         return text

@@ -92,7 +92,7 @@ def test_the_plan_has_the_roofline_of_the_workers_that_it_names():
     config.split = SplitConfig(stages=32, attention_workers=1, expert_workers=3)
     device = hardware.load("h800")
     words = plan._roofline(predict(config, device))
-    pattern = r"attention (\d+) : experts (\d+) of 128 devices.* of (\d+) expert .*MFU (\d+)%"
+    pattern = r"attention (\d+) : experts (\d+) of 128 devices, (\d+) a stage .*MFU (\d+)%"
     m, n, workers, mfu = map(int, re.match(pattern, words).groups())
     assert -(-n // 32) == workers
     demand = roofline.demand_of(config, workers)
