@@ -103,12 +103,11 @@ def test_fixed_parts_stay():
         assert (one.split.stages, one.split.expert_workers, one.split.hop) == (2, 3, 2)
 
 
-def test_a_thousand_devices_take_seconds():
+def test_a_thousand_devices_take_seconds_advice_included():
     config = qwen3_235b.get_config()
     config.batch.micro_batches = 1024
     began = time.process_time()
-    for kind in search.PLACEMENTS:
-        assert search.search(config, hardware.load("h200"), 1024, kind)
+    assert plan.make_plan(config, H800, 1024).best.fits
     assert time.process_time() - began < 10
 
 

@@ -42,14 +42,20 @@ class Memory:
         return sum(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
-def predict_memory(sizes: Sizes) -> dict[str, Memory]:
-    """The memory of each kind of worker, named as `Placement.kind_of` does."""
+def predict_memory(
+    sizes: Sizes, resident: dict[str, dict[str, float]] | None = None
+) -> dict[str, Memory]:
+    """The memory of each kind of worker, named as `Placement.kind_of` does.
+
+    resident: `resident_bytes` of these sizes, where they are known.
+    """
     program = {
         "stash": _stash(sizes),
         "transport": _transport(sizes),
         "workspace": max(_workspaces(sizes).values()),
     }
-    return {kind: Memory(**kept, **program) for kind, kept in resident_bytes(sizes).items()}
+    resident = resident or resident_bytes(sizes)
+    return {kind: Memory(**kept, **program) for kind, kept in resident.items()}
 
 
 def resident_bytes(sizes: Sizes) -> dict[str, dict[str, float]]:

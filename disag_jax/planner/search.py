@@ -234,17 +234,20 @@ def _fitting(
     """
     for candidate in candidates(config, num_devices, placement, fixed):
         load = assumed_load_factor(candidate, load_factor)
-        resident = resident_bytes(Sizes.of(candidate, load)).values()
-        if any(sum(parts.values()) > hardware.usable_bytes for parts in resident):
+        sizes = Sizes.of(candidate, load)
+        resident = resident_bytes(sizes)
+        if any(sum(parts.values()) > hardware.usable_bytes for parts in resident.values()):
             continue
         for recompute in [fixed.recompute] if fixed.recompute else LEAST_RECOMPUTE_FIRST:
             tried = with_recompute(candidate, recompute)
+            # What is recomputed has no part in the bucket, but the chunks have.
+            sizes = dataclasses.replace(sizes, config=tried)
             if tried.split.overlap is Overlap.CHUNKED:
                 tried = overlaps.with_best_degrees(tried, hardware, load)
-            if tried is None:
-                continue
-            sizes = Sizes.of(tried, load)
-            if not missing_bytes(predict_memory(sizes), hardware):
+                if tried is None:
+                    continue
+                sizes = Sizes.of(tried, load)
+            if not missing_bytes(predict_memory(sizes, resident), hardware):
                 yield Costs(sizes, hardware)
                 break
 
