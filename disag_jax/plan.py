@@ -9,6 +9,7 @@ tokens per step; `--stages`, `--attention_workers` and so on hold parts of it fi
 
 import dataclasses
 import math
+import pathlib
 
 import rich.console
 import rich.table
@@ -21,9 +22,8 @@ from disag_jax.planner import search as search_lib
 from disag_jax.planner.advice import Advice, advise
 from disag_jax.planner.hardware import Hardware, load
 from disag_jax.planner.prediction import Prediction, WorkerTime, predict
-from disag_jax.planner.roofline import allocate, demand_of
+from disag_jax.planner.roofline import allocate, demand_of_any
 from disag_jax.planner.search import Fixed
-from disag_jax.planner.topology import per_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +51,7 @@ def make_plan(
     """Plans a config on `num_devices`; ConfigError if no split can be had."""
     config = search_lib.without_auto(config)
     fixed = fixed or Fixed()
-    if num_devices < 2:
-        raise ConfigError(
-            f"num_devices = {num_devices} must be at least 2, one for attention and one for experts"
-        )
-    length = config.batch.sequence_length
-    if fixed.tokens_per_worker is not None and (
-        fixed.tokens_per_worker < 1 or fixed.tokens_per_worker % length
-    ):
-        raise ConfigError(
-            f"tokens_per_worker = {fixed.tokens_per_worker} must be a positive multiple of "
-            f"batch.sequence_length = {length}"
-        )
-    if fixed.hop not in (None, 1, 2):
-        raise ConfigError(f"hop = {fixed.hop} must be 1 or 2")
-    if fixed.overlap is Overlap.AUTO:
-        raise ConfigError("overlap = auto must be none, chunked or interleaved, or left out")
-    if load_factor is not None and not 1 <= load_factor < math.inf:
-        raise ConfigError(
-            f"load_factor = {load_factor} must be finite and at least 1, the busiest worker's rows "
-            "over the fullest worker's expected ones"
-        )
+    _check_input(config, num_devices, fixed, load_factor)
     found = {
         placement: search_lib.search(config, hardware, num_devices, placement, fixed, load_factor)
         for placement in search_lib.PLACEMENTS
@@ -88,6 +68,43 @@ def make_plan(
             (f"best {other.config.split.placement}", predict(other.config, hardware, load_factor))
         )
     return Plan(best, rows, advise(config, hardware, num_devices, found, fixed, load_factor))
+
+
+def _check_input(config: Config, num_devices: int, fixed: Fixed, load_factor: float | None):
+    """ConfigError unless each value by itself is one that a split can have."""
+    if num_devices < 2:
+        raise ConfigError(
+            f"num_devices = {num_devices} must be at least 2, one for attention and one for experts"
+        )
+    length = config.batch.sequence_length
+    if fixed.tokens_per_worker is not None and (
+        fixed.tokens_per_worker < 1 or fixed.tokens_per_worker % length
+    ):
+        raise ConfigError(
+            f"tokens_per_worker = {fixed.tokens_per_worker} must be a positive multiple of "
+            f"batch.sequence_length = {length}"
+        )
+    for name, value, most, whose in (
+        ("stages", fixed.stages, config.model.num_layers, "model.num_layers"),
+        ("expert_workers", fixed.expert_workers, config.model.num_experts, "model.num_experts"),
+    ):
+        if value is not None and value > most:
+            raise ConfigError(f"{name} = {value} must be at most {whose} = {most}")
+    most = round(config.tokens_per_step * (1 + search_lib.TOKEN_TOLERANCE))
+    if fixed.tokens_per_worker is not None and fixed.tokens_per_worker > most:
+        raise ConfigError(
+            f"tokens_per_worker = {fixed.tokens_per_worker} must be at most about "
+            f"{config.tokens_per_step}, the tokens of a step"
+        )
+    if fixed.hop not in (None, 1, 2):
+        raise ConfigError(f"hop = {fixed.hop} must be 1 or 2")
+    if fixed.overlap is Overlap.AUTO:
+        raise ConfigError("overlap = auto must be none, chunked or interleaved, or left out")
+    if load_factor is not None and not 1 <= load_factor < math.inf:
+        raise ConfigError(
+            f"load_factor = {load_factor} must be finite and at least 1, the busiest worker's rows "
+            "over the fullest worker's expected ones"
+        )
 
 
 def table(plan: Plan) -> rich.table.Table:
@@ -181,18 +198,27 @@ def _roofline(prediction: Prediction) -> str:
     """The roofline's division of the devices, and of the network cards where there are any."""
     config, hardware = prediction.config, prediction.hardware
     devices = config.split.num_devices
-    is_far = devices > hardware.devices_per_node
-    link = per_device(hardware) if is_far else hardware.intra_node
+    nodes = -(-devices // hardware.devices_per_node)
+    num_cards = nodes * hardware.nics_per_node if nodes > 1 else None
+    link = hardware.intra_node if num_cards is None else hardware.inter_node
     move = link.many_to_many
     found = allocate(
-        demand_of(config, config.split.expert_workers), devices, devices,
+        demand_of_any(config, devices), devices, num_cards,
         flops_per_second=1e12 * hardware.product_tflops * hardware.product_efficiency,
         bytes_per_second=1e9 * move.gigabytes_per_second * move.efficiency,
+        peak_flops_per_second=1e12 * hardware.peak_tflops,
     )  # fmt: skip
-    cards = f", links {found.attention_cards} : {found.expert_cards}"
+    workers = -(-found.expert_devices // (config.split.replicas * config.split.stages))
+    text = (
+        f"attention {found.attention_devices} : experts {found.expert_devices} of {devices} "
+        f"devices, {workers} a stage with experts, by arithmetic and bandwidth alone "
+        f"(MFU {found.mfu:.0%})"
+    )
+    if num_cards is None:
+        return text
     return (
-        f"attention {found.attention_devices} : experts {found.expert_devices} of {devices} devices"
-        f"{cards}, by arithmetic and bandwidth alone (MFU {found.mfu:.0%})"
+        f"{text}. Network cards {found.attention_cards} : {found.expert_cards}: to divide them so, "
+        "name each process's in its NCCL_IB_HCA (docs/planner.md)"
     )
 
 
@@ -209,13 +235,18 @@ def main(
     for flag, path in (("timeline", timeline), ("plot", plot)):
         if path:
             pictures.check_writable(path, flag)
+    if timeline and plot and pathlib.Path(timeline).resolve() == pathlib.Path(plot).resolve():
+        raise ConfigError(f"--plot = {plot!r} must be another file than --timeline")
     plan = make_plan(config, load(hardware_name), num_devices, fixed, load_factor)
     rich.console.Console(width=140).print(table(plan))
     print(report(plan))
     if timeline:
         pictures.write_timeline(plan.best, timeline)
     if plot:
-        pictures.write_page(plan.best, plot, load_factor)
+        ratios = search_lib.fastest_of_ratios(
+            search_lib.without_auto(config), plan.best.hardware, num_devices, fixed, load_factor
+        )
+        pictures.write_page(plan.best, plot, ratios)
     return plan
 
 

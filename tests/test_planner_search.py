@@ -18,9 +18,11 @@ from disag_jax.config import Overlap, PlacementKind, Recompute, SplitConfig
 from disag_jax.errors import ConfigError
 from disag_jax.planner import hardware, search
 from disag_jax.planner.advice import Advice, advise, uneven_roles
+from disag_jax.planner.memory_model import predict_memory
 from disag_jax.planner.overlaps import with_best_degrees
-from disag_jax.planner.prediction import predict, step_seconds
+from disag_jax.planner.prediction import assumed_load_factor, predict, step_seconds
 from disag_jax.planner.search import Fixed
+from disag_jax.planner.sizes import Sizes
 
 H100, H800 = hardware.load("h100"), hardware.load("h800")
 
@@ -101,12 +103,11 @@ def test_fixed_parts_stay():
         assert (one.split.stages, one.split.expert_workers, one.split.hop) == (2, 3, 2)
 
 
-def test_a_thousand_devices_take_seconds():
+def test_a_thousand_devices_take_seconds_advice_included():
     config = qwen3_235b.get_config()
     config.batch.micro_batches = 1024
     began = time.process_time()
-    for kind in search.PLACEMENTS:
-        assert search.search(config, hardware.load("h200"), 1024, kind)
+    assert plan.make_plan(config, H800, 1024).best.fits
     assert time.process_time() - began < 10
 
 
@@ -269,7 +270,7 @@ def test_a_refusal_counts_the_memory_of_the_load_that_was_given():
     between = (even + skewed) / 2 / 2**30
     device = dataclasses.replace(H100, memory_gibibytes=between, usable_memory_share=1.0)
     plan.make_plan(config, device, 4, fixed, 1.0)
-    with pytest.raises(ConfigError, match=r"is .*expert worker .* over"):
+    with pytest.raises(ConfigError, match=r"expert worker .* over"):
         plan.make_plan(config, device, 4, fixed, 2.0)
 
 
@@ -283,12 +284,41 @@ def test_no_worker_has_more_than_everything():
     assert plans[0].step_seconds == plans[1].step_seconds
 
 
+def test_a_refusal_says_what_either_role_of_the_closest_split_is_over():
+    """Also where a co-located split comes closer."""
+    config, words = qwen3_235b.get_config(), r"(\S+) GiB over"
+    with pytest.raises(ConfigError) as error:
+        plan.make_plan(config, H800, 16)
+    apart, together = str(error.value).split("; ")
+    pattern = r"must hold qwen3_235b: disaggregated comes closest with (\d+) x (\d+) "
+    pattern += rf"stages x \((\d+) \+ (\d+)\).*attention worker {words}, expert worker {words}$"
+    *split, attention, expert = re.search(pattern, apart).groups()
+    assert re.match(rf"colocated comes closest with .*: worker {words}$", together)
+    over = {}
+    for one in search.candidates(config, 16, PlacementKind.DISAGGREGATED):
+        one = search.with_recompute(one, Recompute.FULL)
+        memory = predict_memory(Sizes.of(one, assumed_load_factor(one, None)))
+        missing = [worker.total - H800.usable_bytes for worker in memory.values()]
+        over.setdefault(search.split_key(one), []).append(missing)
+    least = min(sum(max(0, size) for size in sizes) for many in over.values() for sizes in many)
+    sizes = min(over[tuple(map(int, split))], key=lambda sizes: sum(max(0, s) for s in sizes))
+    assert sum(max(0, size) for size in sizes) == least
+    for size, printed in zip(sizes, (attention, expert), strict=True):
+        assert size / 2**30 == pytest.approx(float(printed), abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(num_devices=1), r"num_devices = 1 must be at least 2"),
         (dict(num_devices=2, config="qwen"),
          r"num_devices = 2 of h800 must hold qwen3_235b: .*worker .* GiB over"),
+        (dict(num_devices=16, config="qwen", fixed=Fixed(stages=100)),
+         r"^stages = 100 must be at most model.num_layers = 94$"),
+        (dict(num_devices=128, fixed=Fixed(stages=1, expert_workers=100)),
+         r"^expert_workers = 100 must be at most model.num_experts = \d\d$"),
+        (dict(num_devices=8, fixed=Fixed(tokens_per_worker=2**20)),
+         r"^tokens_per_worker = 1048576 must be at most about 32768, the tokens of a step$"),
         (dict(num_devices=8, fixed=Fixed(stages=3)),
          r"num_devices = 8 must divide into replicas x stages x workers .* with stages = 3"),
         (dict(num_devices=8, fixed=Fixed(overlap=Overlap.AUTO)), r"overlap = auto must be none"),

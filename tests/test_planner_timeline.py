@@ -5,11 +5,14 @@ import itertools
 import json
 
 import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from disag_jax.planner import pictures, timeline
+from configs import qwen3_235b
+from disag_jax.config import Overlap, PlacementKind, SplitConfig
+from disag_jax.planner import hardware, pictures, timeline
 from disag_jax.planner.costs import Costs
-from disag_jax.planner.prediction import simulate_step, timing_of
+from disag_jax.planner.prediction import predict, simulate_step, timing_of
 from disag_jax.planner.simulator import make_table, transfer_times
 from disag_jax.planner.sizes import Sizes
 from disag_jax.schedule import schedule_of
@@ -91,7 +94,7 @@ def test_what_overlaps_has_tracks_of_its_own(tmp_path):
     assert tracks == {"forward": "worker 1", "backward": beside, "loss": "worker 1"}
 
 
-def test_a_panel_shows_the_first_workers_within_its_window(prediction):
+def test_a_panel_shows_all_of_few_workers_within_its_window(prediction):
     spans = timeline.predicted(prediction)
     schedule = schedule_of(prediction.config)
     begin, end = timeline.window(schedule, spans)
@@ -101,4 +104,32 @@ def test_a_panel_shows_the_first_workers_within_its_window(prediction):
     timeline.draw(axes, spans, (begin, end))
     drawn = [span for span in spans if span.end > begin and span.begin < end]
     assert 0 < len(drawn) < len(spans) and len(axes.patches) == len(drawn)
-    assert len(axes.get_yticks()) == len(prediction.workers)
+    assert len(axes.get_yticks()) == len(prediction.workers) and not axes.get_ylabel()
+
+
+@pytest.mark.parametrize("split", [
+    # The plan of README.md for 128 H800.
+    SplitConfig(stages=32, attention_workers=4, expert_workers=4, overlap=Overlap.INTERLEAVED,
+                placement=PlacementKind.COLOCATED),
+    # Four stages are shown, and the first backward units are far from all of them.
+    SplitConfig(stages=60, attention_workers=1, expert_workers=1, hop=2),
+])  # fmt: skip
+def test_a_panel_of_many_stages_has_the_first_and_the_last_and_both_directions(split):
+    config = qwen3_235b.get_config()
+    config.split, config.batch.micro_batches = split, 96
+    prediction = predict(config.validate(), hardware.load("h800"))
+    spans, axes = timeline.predicted(prediction), Figure().add_subplot()
+    begin, end = timeline.window(schedule_of(config), spans)
+    timeline.draw(axes, spans, (begin, end))
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(labels) == 8 and axes.get_ylabel() == f"8 of {len(prediction.workers)} workers"
+    assert labels[0].endswith("stage 0") and labels[-1].endswith(f"stage {split.stages - 1}")
+    drawn = {patch.get_facecolor() for patch in axes.patches}
+    assert {to_rgba(timeline.COLOURS[kind]) for kind in ("forward", "backward", "loss")} <= drawn
+
+
+def test_of_one_stage_with_many_workers_both_roles_are_shown():
+    names = [f"{role} {i}" for role in ("attention", "expert") for i in range(9)]
+    spans = [timeline.Span(0, name, "forward", "unit", 0, 1) for name in names]
+    shown = [worker for _, worker in timeline.shown_workers(spans)]
+    assert len(shown) == 8 and shown[0] == names[0] and shown[-1] == names[-1]

@@ -42,14 +42,20 @@ class Memory:
         return sum(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
-def predict_memory(sizes: Sizes) -> dict[str, Memory]:
-    """The memory of each kind of worker, named as `Placement.kind_of` does."""
+def predict_memory(
+    sizes: Sizes, resident: dict[str, dict[str, float]] | None = None
+) -> dict[str, Memory]:
+    """The memory of each kind of worker, named as `Placement.kind_of` does.
+
+    resident: `resident_bytes` of these sizes, where they are known.
+    """
     program = {
         "stash": _stash(sizes),
         "transport": _transport(sizes),
         "workspace": max(_workspaces(sizes).values()),
     }
-    return {kind: Memory(**kept, **program) for kind, kept in resident_bytes(sizes).items()}
+    resident = resident or resident_bytes(sizes)
+    return {kind: Memory(**kept, **program) for kind, kept in resident.items()}
 
 
 def resident_bytes(sizes: Sizes) -> dict[str, dict[str, float]]:
@@ -82,6 +88,15 @@ def missing_bytes(memory: dict[str, Memory], hardware: Hardware) -> dict[str, fl
 def missing_in_words(missing: dict[str, float]) -> str:
     """Each kind of worker that does not fit, and by how much."""
     return ", ".join(f"{kind} {in_words(size)} over" for kind, size in missing.items())
+
+
+def against_usable(memory: dict[str, Memory], hardware: Hardware) -> str:
+    """Each kind of worker, by how much it does not fit, or what it leaves."""
+    left = {kind: hardware.usable_bytes - worker.total for kind, worker in memory.items()}
+    return ", ".join(
+        f"{kind} {in_words(abs(size))} {'over' if size < 0 else 'to spare'}"
+        for kind, size in left.items()
+    )
 
 
 def _stash(sizes: Sizes) -> float:

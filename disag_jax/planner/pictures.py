@@ -1,17 +1,17 @@
 """Pictures of a plan, a timeline and a page of three panels; and of a step beside its plan."""
 
 import pathlib
+from fractions import Fraction
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from disag_jax.config import PlacementKind
 from disag_jax.errors import ConfigError
 from disag_jax.planner import timeline
-from disag_jax.planner.prediction import Prediction, predict
+from disag_jax.planner.prediction import Prediction
 from disag_jax.planner.roofline import demand_of
-from disag_jax.planner.search import Fixed, candidates
+from disag_jax.planner.search import Found
 from disag_jax.planner.sizes import Sizes
 from disag_jax.planner.topology import StageLinks
 from disag_jax.schedule import Schedule, schedule_of
@@ -49,10 +49,10 @@ def write_timelines(
         _write(plot, lambda file: figure.savefig(file, dpi=140), "plot")
 
 
-def write_page(prediction: Prediction, path: str, load_factor: float | None = None):
+def write_page(prediction: Prediction, path: str, ratios: dict[tuple[int, Fraction], Found]):
     """Draws timeline, roofline, and step time against the ratio of the roles; PNG or PDF.
 
-    load_factor: as `predict` takes it, for the other ratios.
+    ratios: `search.fastest_of_ratios` of the same devices.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 7.5), layout="constrained")
@@ -65,7 +65,7 @@ def write_page(prediction: Prediction, path: str, load_factor: float | None = No
         )  # fmt: skip
         _draw_timeline(figure.add_subplot(grid[0, :]), prediction)
         _draw_roofline(figure.add_subplot(grid[1, 0]), prediction)
-        _draw_ratios(figure.add_subplot(grid[1, 1]), prediction, load_factor)
+        _draw_ratios(figure.add_subplot(grid[1, 1]), prediction, ratios)
         _write(path, lambda file: figure.savefig(file, dpi=140), "plot")
 
 
@@ -114,29 +114,22 @@ def _draw_roofline(axes, prediction: Prediction):
     axes.legend(loc="upper left")
 
 
-def _draw_ratios(axes, prediction: Prediction, load_factor: float | None):
-    """Time per token of every division of a stage into attention and experts that fits."""
-    config, split = prediction.config, prediction.config.split
-    fixed = Fixed(
-        replicas=split.replicas, stages=split.stages,
-        tokens_per_worker=config.batch.tokens_per_worker,
-    )  # fmt: skip
+def _draw_ratios(axes, pick: Prediction, ratios: dict[tuple[int, Fraction], Found]):
+    """Time per token of the fastest split of each ratio of attention to experts that fits."""
     by_hop: dict[int, list[tuple[float, float]]] = {}
-    kind = PlacementKind.DISAGGREGATED
-    for one in candidates(config, split.num_devices, kind, fixed):
-        found = predict(one, prediction.hardware, load_factor)
-        if not found.fits:
-            continue
-        workers = one.split.attention_workers + one.split.expert_workers
-        share = one.split.attention_workers / workers
-        by_hop.setdefault(one.split.hop, []).append((share, 1e6 / found.tokens_per_second))
+    for (hop, share), found in sorted(ratios.items()):
+        by_hop.setdefault(hop, []).append((float(share), 1e6 * found.seconds_per_token))
     for hop, points in by_hop.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", ms=4, label=f"hop {hop}")
-    axes.axhline(1e6 / prediction.tokens_per_second, ls="--", color="#707070", label="the pick")
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, label=f"hop {hop}")
+    if not by_hop:
+        axes.text(0.5, 0.5, "none fits", ha="center", transform=axes.transAxes)
+    label = f"the pick, {pick.config.split.placement}"
+    axes.axhline(1e6 / pick.tokens_per_second, ls="--", color="#707070", label=label)
+    axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("attention workers' share of a stage")
     axes.set_ylabel("microseconds per token")
-    axes.set_title("Step time against the ratio of attention to experts")
+    axes.set_title("Fastest disaggregated split of each ratio of attention to experts")
     axes.legend()
 
 

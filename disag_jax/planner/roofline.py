@@ -24,18 +24,19 @@ class Demand:
     Attributes:
       attention, expert: FLOPs of the roles (C_a, C_f).
       head: FLOPs of the output head, which all devices share.
-      transfer: bytes that leave each role for the other (V); as many come back.
+      transfer: bytes that leave each role for the other (V); as many come back. An array has those
+        of 1, 2, ... expert devices.
     """
 
     attention: float
     expert: float
     head: float
-    transfer: float
+    transfer: float | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """Devices and cards of the roles; seconds of a token, and model FLOP/s over the peak."""
+    """Devices and cards of the roles; seconds of a token, and model FLOP/s over the peak's."""
 
     attention_devices: int
     expert_devices: int
@@ -57,6 +58,19 @@ def demand_of(config: Config, expert_workers: int, workers_per_node: int = 1) ->
     # Out to the experts; the gradient comes back the same way.
     row = 2 * 2 * model.d_model
     return Demand(flops.attention, flops.expert, flops.head, model.num_layers * copies * row)
+
+
+def demand_of_any(config: Config, num_devices: int) -> Demand:
+    """The demand of a config with any number of expert devices in all its stages and replicas.
+
+    A stage has its part of them, and a token goes to each of the part that it needs: at most one
+    device for each expert.
+    """
+    copies, experts = config.split.replicas * config.split.stages, config.model.num_experts
+    of_stage = [-(-devices // copies) for devices in range(1, num_devices)]
+    made = {n: demand_of(config, n) for n in set(of_stage) if n <= experts}
+    transfer = [made[n].transfer if n in made else np.inf for n in of_stage]
+    return dataclasses.replace(made[1], transfer=np.array(transfer))
 
 
 def expected_copies(num_experts: int, top_k: int, num_workers: int) -> float:
@@ -125,35 +139,35 @@ def role_seconds(
 def allocate(
     demand: Demand,
     num_devices: int,
-    num_cards: int,
+    num_cards: int | None,
     *,
     flops_per_second: float,
     bytes_per_second: float,
+    peak_flops_per_second: float,
 ) -> Allocation:
     """The two-phase choice: the least max(T_a, T_f), then the highest FLOP/s per device used.
 
-    Each role has a device and a card at least. More of either never makes a role slower, so the
-    first phase gives away all of them, and trying every division of both is complete. In the
-    second phase the step's time is given and fewer devices mean more FLOP/s each: all pairs (M, N)
-    are tried, with the first phase's cards.
+    Each role has a device and a card at least. T_a and T_f together are the longest of each role's
+    work and of the transfer over the role with fewer cards: no division of the cards is better than
+    an even one, whatever the devices. All pairs (M, N) are tried, with devices left over or not,
+    since more expert workers may mean more copies.
+
+    num_cards: None where there is nothing to divide, because a role's links are its devices'.
+    flops_per_second: that a device reaches; of `peak_flops_per_second`, which MFU is a share of.
     """
-    rates = dict(flops_per_second=flops_per_second, bytes_per_second=bytes_per_second)
-    devices, cards = np.arange(1, num_devices)[:, None], np.arange(1, num_cards)[None]
-    slower = np.maximum(
-        *role_seconds(demand, devices, num_devices - devices, cards, num_cards - cards, **rates)
-    )
-    seconds = float(slower.min())
-    # Ties between divisions of the cards go to the most even one.
-    columns = np.flatnonzero((slower == seconds).any(axis=0))
-    cards_a = int(min(columns + 1, key=lambda count: (abs(2 * count - num_cards), count)))
     attention, expert = np.arange(1, num_devices)[:, None], np.arange(1, num_devices)[None]
+    cards = (attention, expert) if num_cards is None else (num_cards // 2, -(-num_cards // 2))
     slower = np.maximum(
-        *role_seconds(demand, attention, expert, cards_a, num_cards - cards_a, **rates)
-    )
+        *role_seconds(
+            demand, attention, expert, *cards,
+            flops_per_second=flops_per_second, bytes_per_second=bytes_per_second,
+        )
+    )  # fmt: skip
     used = attention + expert
-    allowed = (used <= num_devices) & (slower <= seconds * (1 + 1e-12))
-    used = np.where(allowed, used, num_devices + 1)
+    slower = np.where(used <= num_devices, slower, np.inf)
+    seconds = float(slower.min())
+    used = np.where(slower <= seconds * (1 + 1e-12), used, num_devices + 1)
     m, n = (int(i) + 1 for i in np.unravel_index(used.argmin(), used.shape))
     total = demand.attention + demand.expert + demand.head
-    mfu = total / (seconds * (m + n) * flops_per_second)
-    return Allocation(m, n, cards_a, num_cards - cards_a, seconds, mfu)
+    mfu = total / (seconds * (m + n) * peak_flops_per_second)
+    return Allocation(m, n, *((m, n) if num_cards is None else cards), seconds, mfu)

@@ -6,7 +6,9 @@ simulated step: what is found is the best of all that `candidates` lists, and al
 """
 
 import dataclasses
-from collections.abc import Iterator
+import fractions
+import math
+from collections.abc import Iterable, Iterator
 
 from disag_jax.config import Config, Overlap, PlacementKind, Recompute, SplitConfig
 from disag_jax.errors import ConfigError
@@ -14,8 +16,9 @@ from disag_jax.planner import overlaps
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.memory_model import (
+    Memory,
+    against_usable,
     missing_bytes,
-    missing_in_words,
     predict_memory,
     resident_bytes,
 )
@@ -158,7 +161,33 @@ def search(
     """The split with the least time per token, or None where none fits the memory."""
     check_predictable(config)
     fixed = fixed or Fixed()
-    fitting = _fitting(config, hardware, num_devices, placement, fixed, load_factor)
+    return _fastest(_fitting(config, hardware, num_devices, placement, fixed, load_factor))
+
+
+def fastest_of_ratios(
+    config: Config,
+    hardware: Hardware,
+    num_devices: int,
+    fixed: Fixed | None = None,
+    load_factor: float | None = None,
+) -> dict[tuple[int, fractions.Fraction], Found]:
+    """The fastest disaggregated split of each (hop, attention workers' share of a stage) that fits.
+
+    What `fixed` says of workers is left out.
+    """
+    fixed = dataclasses.replace(fixed or Fixed(), attention_workers=None, expert_workers=None)
+    kind = PlacementKind.DISAGGREGATED
+    by_ratio: dict[tuple[int, fractions.Fraction], list[Costs]] = {}
+    for costs in _fitting(config, hardware, num_devices, kind, fixed, load_factor):
+        split = costs.config.split
+        workers = split.attention_workers + split.expert_workers
+        share = fractions.Fraction(split.attention_workers, workers)
+        by_ratio.setdefault((split.hop, share), []).append(costs)
+    return {ratio: _fastest(by_ratio[ratio]) for ratio in sorted(by_ratio)}
+
+
+def _fastest(fitting: Iterable[Costs]) -> Found | None:
+    """The one with the least time per token; those are simulated whose bound is below the best."""
     bounded = [
         (least_seconds(costs) / costs.config.tokens_per_step, order, costs)
         for order, costs in enumerate(fitting)
@@ -205,17 +234,20 @@ def _fitting(
     """
     for candidate in candidates(config, num_devices, placement, fixed):
         load = assumed_load_factor(candidate, load_factor)
-        resident = resident_bytes(Sizes.of(candidate, load)).values()
-        if any(sum(parts.values()) > hardware.usable_bytes for parts in resident):
+        sizes = Sizes.of(candidate, load)
+        resident = resident_bytes(sizes)
+        if any(sum(parts.values()) > hardware.usable_bytes for parts in resident.values()):
             continue
         for recompute in [fixed.recompute] if fixed.recompute else LEAST_RECOMPUTE_FIRST:
             tried = with_recompute(candidate, recompute)
+            # What is recomputed has no part in the bucket, but the chunks have.
+            sizes = dataclasses.replace(sizes, config=tried)
             if tried.split.overlap is Overlap.CHUNKED:
                 tried = overlaps.with_best_degrees(tried, hardware, load)
-            if tried is None:
-                continue
-            sizes = Sizes.of(tried, load)
-            if not missing_bytes(predict_memory(sizes), hardware):
+                if tried is None:
+                    continue
+                sizes = Sizes.of(tried, load)
+            if not missing_bytes(predict_memory(sizes, resident), hardware):
                 yield Costs(sizes, hardware)
                 break
 
@@ -273,27 +305,50 @@ def refusal(
     fixed: Fixed | None = None,
     load_factor: float | None = None,
 ) -> ConfigError:
-    """Why no split can be had: what is over, by how much, where it is over least."""
+    """Why no split can be had: what is over, by how much, where it is over least.
+
+    Of the disaggregated split that comes closest each role is named.
+    """
     fixed = fixed or Fixed()
     wanted = f" with {fixed}" if str(fixed) else ""
-    least, where = None, None
+    found = []
     for placement in PLACEMENTS:
-        for candidate in candidates(config, num_devices, placement, fixed):
-            candidate = with_recompute(candidate, fixed.recompute or Recompute.FULL)
-            sizes = Sizes.of(candidate, assumed_load_factor(candidate, load_factor))
-            missing = missing_bytes(predict_memory(sizes), hardware)
-            if least is None or sum(missing.values()) < sum(least.values()):
-                least, where = missing, candidate
-    if least is None:
+        where, memory = _closest(config, hardware, num_devices, placement, fixed, load_factor)
+        if where:
+            found.append(
+                f"{placement} comes closest with {in_words(where)}: "
+                f"{against_usable(memory, hardware)}"
+            )
+    if not found:
         return ConfigError(
             f"num_devices = {num_devices} must divide into replicas x stages x workers of a "
             f"stage{wanted}, with whole sequences of {config.batch.sequence_length} tokens for "
             f"about {config.tokens_per_step:,} tokens per step"
         )
     return ConfigError(
-        f"num_devices = {num_devices} of {hardware.name} must hold {config.name}{wanted}: the "
-        f"split that comes closest, {in_words(where)}, is {missing_in_words(least)}"
+        f"num_devices = {num_devices} of {hardware.name} must hold {config.name}{wanted}: "
+        f"{'; '.join(found)}"
     )
+
+
+def _closest(
+    config: Config,
+    hardware: Hardware,
+    num_devices: int,
+    placement: PlacementKind,
+    fixed: Fixed,
+    load_factor: float | None,
+) -> tuple[Config | None, dict[str, Memory]]:
+    """The candidate with the fewest bytes over the memory, and its workers'; None without any."""
+    least, where, its_memory = math.inf, None, {}
+    for candidate in candidates(config, num_devices, placement, fixed):
+        candidate = with_recompute(candidate, fixed.recompute or Recompute.FULL)
+        sizes = Sizes.of(candidate, assumed_load_factor(candidate, load_factor))
+        memory = predict_memory(sizes)
+        over = sum(missing_bytes(memory, hardware).values())
+        if over < least:
+            least, where, its_memory = over, candidate, memory
+    return where, its_memory
 
 
 def in_words(config: Config) -> str:

@@ -24,7 +24,7 @@ BEFORE_LOOP = "gather weights"
 
 ROUNDING = 1e-9  # seconds by which spans that follow one another may seem to overlap
 
-# Workers and periods of a step that a panel has room for.
+# Workers that a panel has room for, and periods of a step where that is enough.
 SHOWN_WORKERS, SHOWN_PERIODS = 8, 40
 
 
@@ -152,25 +152,63 @@ def write(sources: dict[str, list[Span]], path: pathlib.Path):
 
 
 def window(schedule: Schedule, spans: list[Span]) -> tuple[float, float]:
-    """Seconds that a panel shows: around the first loss, where warm-up meets steady state."""
+    """Seconds that a panel shows: around the first loss, where warm-up meets steady state.
+
+    A forward and a backward unit of the workers that are shown are in it, however far they are.
+    """
     loop = [span for span in spans if span.kind in ("forward", "backward", "loss")]
     begin, end = min(span.begin for span in loop), max(span.end for span in loop)
     period = (end - begin) / schedule.num_periods
     first = min(span.begin for span in loop if span.kind == "loss")
     left = max(begin, first - SHOWN_PERIODS / 4 * period)
-    return left, min(end, left + SHOWN_PERIODS * period)
+    right = min(end, left + SHOWN_PERIODS * period)
+    shown = set(shown_workers(spans))
+    for kind in ("forward", "backward"):
+        units = [span for span in loop if span.kind == kind and _worker(span) in shown]
+        if units:
+            nearest = min(units, key=lambda unit: abs(unit.begin - first))
+            left, right = min(left, nearest.begin), max(right, nearest.end)
+    return left, right
+
+
+def shown_workers(spans: list[Span]) -> list[tuple[int, str]]:
+    """(stage, worker) of those that a panel has room for.
+
+    Whole stages, from the first to the last as far apart as can be; where two of them are too
+    many, workers.
+    """
+    workers = _workers(spans)
+    stages = sorted({stage for stage, _ in workers})
+    room = SHOWN_WORKERS // max(sum(one == stage for one, _ in workers) for stage in stages)
+    if room < 2:
+        return _spread(workers, SHOWN_WORKERS)
+    kept = _spread(stages, room)
+    return [worker for worker in workers if worker[0] in kept]
+
+
+def _worker(span: Span) -> tuple[int, str]:
+    return span.stage, span.worker
+
+
+def _workers(spans: list[Span]) -> list[tuple[int, str]]:
+    """All (stage, worker), stage by stage, in the order in which a stage's spans have them."""
+    return sorted(dict.fromkeys(map(_worker, spans)), key=lambda worker: worker[0])
+
+
+def _spread(items: list, most: int) -> list:
+    """At most so many of the items, first and last included, about as far from each other."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def draw(axes, spans: list[Span], shown: tuple[float, float]):
-    """Draws the first workers' spans within `shown`, transfers as a line under the others."""
+    """Draws spans of `shown_workers` within `shown`, transfers as a line under the others."""
     begin, end = shown
-    labels = {}
+    rows = {worker: row for row, worker in enumerate(shown_workers(spans))}
     for span in spans:
-        label = f"{span.worker}, stage {span.stage}"
-        if label not in labels and len(labels) == SHOWN_WORKERS:
-            continue
-        row = labels.setdefault(label, len(labels))
-        if span.end > begin and span.begin < end:
+        row = rows.get(_worker(span))
+        if row is not None and span.end > begin and span.begin < end:
             beside = span.kind == "transfer"
             axes.barh(
                 row + (0.4 if beside else -0.05), span.end - span.begin, left=span.begin,
@@ -178,9 +216,12 @@ def draw(axes, spans: list[Span], shown: tuple[float, float]):
                 linewidth=0.3,
             )  # fmt: skip
     axes.set_xlim(begin, end)
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(rows)), [f"{worker}, stage {stage}" for stage, worker in rows])
     axes.invert_yaxis()
     axes.set_xlabel("seconds from the beginning of the step")
+    count = len(_workers(spans))
+    if len(rows) < count:
+        axes.set_ylabel(f"{len(rows)} of {count} workers")
 
 
 def add_legend(axes):

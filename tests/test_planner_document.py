@@ -1,0 +1,116 @@
+"""docs/planner.md says what the code assumes and predicts."""
+
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+from configs import balanced
+from disag_jax.compare import twin_of
+from disag_jax.config import Recompute
+from disag_jax.planner import costs, hardware, search
+from disag_jax.planner.prediction import assumed_load_factor, predict
+from disag_jax.planner.sizes import Sizes
+from mesh.roles import Role
+
+DOCUMENT = (pathlib.Path(__file__).parents[1] / "docs" / "planner.md").read_text(encoding="utf-8")
+SHEETS = [one for one in map(hardware.load, hardware.known()) if one.source == "datasheet"]
+
+
+def section(title: str) -> str:
+    return DOCUMENT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of the lines of tables that begin with code."""
+    lines = (line for line in text.split("\n") if line.startswith("| `"))
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_assumptions_are_those_of_the_data_sheets_and_of_the_code():
+    table = {row[0]: (float(row[1]), row[2]) for row in rows(section("Assumptions")) if row[2:]}
+    shares = ("product_efficiency", "score_efficiency", "memory_efficiency", "usable_memory_share")
+    for sheet in SHEETS:
+        expected = {name: getattr(sheet, name) for name in shares}
+        for name in ("unit_overhead_microseconds", "host_milliseconds"):
+            expected[name] = getattr(sheet, name)
+        for where in ("intra_node", "inter_node"):
+            for field in dataclasses.fields(hardware.Link):
+                transfer = getattr(getattr(sheet, where), field.name)
+                for name in ("efficiency", "latency_microseconds"):
+                    key = f"{where}.{name}"
+                    assert expected.setdefault(key, getattr(transfer, name)) == getattr(
+                        transfer, name
+                    )
+        assert {
+            name: value for name, (value, where) in table.items() if where == "JSON"
+        } == expected
+    constants = {name: value for name, value in table.items() if value[1] != "JSON"}
+    modules = {"costs.py": costs, "search.py": search}
+    for module, names in {
+        "costs.py": ("SCORE_BACKWARD", "UPDATE_BYTES_PER_PARAMETER", "GRADIENT_PASSES"),
+        "search.py": ("RATIO_PARTS", "MOST_TOKENS_PER_WORKER", "TOKEN_TOLERANCE"),
+    }.items():
+        for name in names:
+            assert constants.pop(name) == (getattr(modules[module], name), module)
+    assert not constants
+
+
+@pytest.mark.parametrize("recompute", Recompute)
+def test_passes_over_memory_are_those_of_the_units(recompute):
+    config = balanced.get_config()
+    config.split.attention_workers, config.split.expert_workers = 2, 3
+    config.run.recompute = recompute
+    sizes = Sizes.of(config.validate(), assumed_load_factor(config, None))
+    model, item, wide = config.model, sizes.item_bytes, sizes.wide_bytes
+    tokens, sorted_rows = config.batch.tokens_per_worker, sizes.bucket.sorted_rows
+    heads = (model.num_heads + model.num_kv_heads) * model.head_dim
+    share = costs.loss_share(sizes)
+    chunk = min(share, config.run.loss_chunk)
+    logits = -(-share // chunk) * chunk * model.vocab_size
+    arrays = {
+        "f": config.fanout, "h": tokens * model.d_model * item, "q": tokens * heads * item,
+        "m": sizes.placement.rounds * sizes.bucket.rows * model.d_model * item,
+        "k": sum(sizes.attention_kept_bytes), "r": sizes.rows * model.d_model * item,
+        "d": sorted_rows * model.d_model * item, "i": sorted_rows * model.expert_width * item,
+        "l": logits * wide, "c": logits * item, "n": -(-share // chunk),
+    }  # fmt: skip
+    formulas = {row[0]: row[1] for row in rows(section("Assumptions")) if len(row) == 2}
+    parameters = {
+        "attention": sizes.layer_parameters[Role.ATTENTION],
+        "expert": sizes.layer_parameters[Role.EXPERT],
+        "loss": model.vocab_size * model.d_model,
+    }
+    work = costs.unit_work(sizes)
+    assert formulas.keys() == work.keys()
+    for unit, formula in formulas.items():
+        count = parameters[unit.split("_")[0]]
+        found = eval(formula, {}, arrays | {"w": count * item, "g": count * wide})
+        assert found == pytest.approx(work[unit].num_bytes, rel=1e-12), unit
+
+
+def test_predictions_beside_measurements_are_those_of_the_code():
+    text = section("Against measurement")
+    config, profile = balanced.get_config(), hardware.load("h100x2_nvlink")
+    config.run.recompute = Recompute.FULL
+    sheet, measured = (predict(config, one) for one in (hardware.load("h100"), profile))
+    (step,) = re.findall(r"\| (1,\d+) ms \(`bench step`\)", text)
+    step = float(step.replace(",", ""))
+    figures = " | ".join(
+        f"{1e3 * one.step_seconds:,.0f} ms ({1e3 * one.step_seconds / step - 1:+.1%})"
+        for one in (sheet, measured)
+    )
+    assert f"| step | {figures} |" in text
+    updates = " | ".join(
+        f"{1e3 * one.outside_loop['optimizer']:.0f} ms" for one in (sheet, measured)
+    )
+    assert f"| update, of it | {updates} |" in text
+    memory = " / ".join(f"{one.total / 2**30:.1f}" for one in sheet.memory.values())
+    assert f"| {memory} GiB | the same |" in text
+    twin = predict(twin_of(config), profile)
+    (seconds,) = re.findall(r"took (\d\.\d+) s and 35.5 GiB", text)
+    assert (
+        f"profile {twin.step_seconds:.3f} s ({twin.step_seconds / float(seconds) - 1:+.1%}) and "
+        f"{twin.memory['worker'].total / 2**30:.1f} GiB are predicted"
+    ) in text
