@@ -9,10 +9,23 @@ import pytest
 
 from configs import qwen3_235b
 from disag_jax import auto_placement, bench, dry_run
-from disag_jax.config import BatchConfig, ConfigError, Dtype, PlacementKind, SplitConfig
+from disag_jax.config import (
+    BatchConfig,
+    ConfigError,
+    Dtype,
+    MuDtype,
+    PlacementKind,
+    SplitConfig,
+)
+from disag_jax.geometry import placement_of
 from disag_jax.planner import hardware
+from disag_jax.planner.costs import Costs
+from disag_jax.planner.memory_model import resident_bytes
+from disag_jax.planner.sizes import Sizes
 from disag_jax.schedule import schedule_of
+from disag_jax.state import StateManager
 from mesh.m2n import forward_pairs
+from mesh.placement import Meshes
 from tests import support
 
 H100 = hardware.load("h100")
@@ -44,6 +57,28 @@ def test_a_dry_run_counts_what_the_planner_counts_and_refuses_what_does_not_fit(
         with pytest.raises(ConfigError, match=r"must hold a step: attention worker .* over"):
             dry_run.main(config, tiny)
     assert capsys.readouterr().out.count("schedule valid") == 2
+
+
+@pytest.mark.parametrize("mu_dtype", list(MuDtype))
+def test_state_is_as_large_as_planned(mu_dtype):
+    config = make_config(SplitConfig(stages=1, attention_workers=1, expert_workers=1))
+    config.optimizer.mu_dtype = mu_dtype
+    manager = StateManager(config, Meshes.make(placement_of(config), jax.devices()[:2]))
+    masters = manager.abstract_state().masters
+    held = {
+        group: sum(leaf.size * leaf.dtype.itemsize for kind in ("params", "opt_state")
+                   for leaf in jax.tree.leaves(masters[kind][group]))
+        for group in ("attention", "expert", "vocabulary")
+    }  # fmt: skip
+    sizes = Sizes.of(config)
+    for role in ("attention", "expert"):
+        planned = resident_bytes(sizes)[f"{role} worker"]["state"]
+        # Counters of steps are not planned for.
+        assert held[role] + held["vocabulary"] / 2 == pytest.approx(planned, abs=64)
+    as_masters = copy.deepcopy(config)
+    as_masters.optimizer.mu_dtype = MuDtype.MASTER
+    share = Costs(sizes, H100).update / Costs(Sizes.of(as_masters), H100).update
+    assert share == pytest.approx(1 if mu_dtype is MuDtype.MASTER else 26 / 30)
 
 
 @pytest.mark.parametrize("hop", [1, 2])

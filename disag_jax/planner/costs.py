@@ -319,11 +319,13 @@ class Costs:
         parameters = (
             self.config.layers_per_stage * held + self.sizes.vocabulary_parameters / devices
         )
+        # A shorter first moment is read and written with fewer bytes.
+        moved = self.sizes.wide_bytes / 4 * UPDATE_BYTES_PER_PARAMETER
+        share = 1 - 2 * (self.sizes.wide_bytes - self.sizes.mu_bytes) / moved
         measured = self.hardware.update_milliseconds_per_gigaparameter
         if measured is not None:
-            return 1e-12 * measured * parameters
-        scale = self.sizes.wide_bytes / 4
-        return scale * UPDATE_BYTES_PER_PARAMETER * parameters / self.hardware.bytes_per_second
+            return 1e-12 * measured * share * parameters
+        return moved * share * parameters / self.hardware.bytes_per_second
 
     @property
     def gradient_passes(self) -> float:

@@ -14,8 +14,6 @@ from disag_jax.planner.simulator import stash_slots
 from disag_jax.planner.sizes import Sizes
 from mesh.roles import Role
 
-MASTER_AND_MOMENTS = 3
-
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -74,7 +72,7 @@ def resident_bytes(sizes: Sizes) -> dict[str, dict[str, float]]:
     else:
         held = {f"{role.label} worker": parameters for role, parameters in held.items()}
     return {
-        kind: {"state": MASTER_AND_MOMENTS * wide * (parameters + vocabulary / devices), **program}
+        kind: {"state": sizes.state_bytes * (parameters + vocabulary / devices), **program}
         for kind, parameters in held.items()
     }
 

@@ -7,7 +7,7 @@ program's own classes would trace the model once per split.
 import dataclasses
 import functools
 
-from disag_jax.config import Config, Dtype, ModelConfig, Recompute
+from disag_jax.config import Config, Dtype, ModelConfig, MuDtype, Recompute
 from disag_jax.geometry import Bucket, buckets, chunk_bucket, expected_load, placement_of
 from disag_jax.stash import BLOCK_WORDS, alignment
 from mesh.placement import ExpertPlaces, Placement
@@ -65,8 +65,18 @@ class Sizes:
 
     @property
     def wide_bytes(self) -> int:
-        """Of gates, gradient sums, masters and optimizer state."""
+        """Of gates, gradient sums, masters and optimizer state but for a shorter first moment."""
         return max(4, self.item_bytes)
+
+    @property
+    def mu_bytes(self) -> int:
+        """Of the first moment."""
+        return 2 if self.config.optimizer.mu_dtype is MuDtype.BFLOAT16 else self.wide_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a parameter's master and moments."""
+        return 2 * self.wide_bytes + self.mu_bytes
 
     @property
     def _int_bytes(self) -> int:
