@@ -103,7 +103,8 @@ def test_a_panel_shows_all_of_few_workers_within_its_window(prediction):
     axes = Figure().add_subplot()
     timeline.draw(axes, spans, (begin, end))
     drawn = [span for span in spans if span.end > begin and span.begin < end]
-    assert 0 < len(drawn) < len(spans) and len(axes.patches) == len(drawn)
+    assert 0 < len(drawn) < len(spans)
+    assert sum(len(bars.get_paths()) for bars in axes.collections) == len(drawn)
     assert len(axes.get_yticks()) == len(prediction.workers) and not axes.get_ylabel()
 
 
@@ -124,7 +125,7 @@ def test_a_panel_of_many_stages_has_the_first_and_the_last_and_both_directions(s
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert len(labels) == 8 and axes.get_ylabel() == f"8 of {len(prediction.workers)} workers"
     assert labels[0].endswith("stage 0") and labels[-1].endswith(f"stage {split.stages - 1}")
-    drawn = {patch.get_facecolor() for patch in axes.patches}
+    drawn = {tuple(bars.get_facecolor()[0]) for bars in axes.collections}
     assert {to_rgba(timeline.COLOURS[kind]) for kind in ("forward", "backward", "loss")} <= drawn
 
 

@@ -206,15 +206,14 @@ def draw(axes, spans: list[Span], shown: tuple[float, float]):
     """Draws spans of `shown_workers` within `shown`, transfers as a line under the others."""
     begin, end = shown
     rows = {worker: row for row, worker in enumerate(shown_workers(spans))}
+    bars: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for span in spans:
         row = rows.get(_worker(span))
         if row is not None and span.end > begin and span.begin < end:
-            beside = span.kind == "transfer"
-            axes.barh(
-                row + (0.4 if beside else -0.05), span.end - span.begin, left=span.begin,
-                height=0.15 if beside else 0.7, color=COLOURS[span.kind], edgecolor="white",
-                linewidth=0.3,
-            )  # fmt: skip
+            bars.setdefault((row, span.kind), []).append((span.begin, span.end - span.begin))
+    for (row, kind), some in bars.items():
+        place = (row + 0.325, 0.15) if kind == "transfer" else (row - 0.4, 0.7)
+        axes.broken_barh(some, place, color=COLOURS[kind], edgecolor="white", linewidth=0.3)
     axes.set_xlim(begin, end)
     axes.set_yticks(range(len(rows)), [f"{worker}, stage {stage}" for stage, worker in rows])
     axes.invert_yaxis()
