@@ -68,15 +68,21 @@ class Case:
         )
 
 
-def check_start(config: Config, out: str) -> int:
-    """The number of devices; ConfigError before anything is compiled if the run cannot begin."""
+def check_start(config: Config, out: str, wanted: int | None = None) -> int:
+    """The number of devices; ConfigError before anything is compiled if the run cannot begin.
+
+    wanted: so many of those that are here; None takes all.
+    """
     config.validate()
     if not pathlib.Path(out).resolve().parent.is_dir():
         raise ConfigError(f"--out = {out!r} must be in a directory that exists")
     enable_float64(config)
-    num_devices = len(jax.devices())
-    if num_devices < 2:
-        raise ConfigError(f"devices = {num_devices} must be at least 2, to be split")
+    here = len(jax.devices())
+    num_devices = here if wanted is None else wanted
+    if not 2 <= num_devices <= here:
+        raise ConfigError(
+            f"devices = {num_devices} must be from 2, to be split, to the {here} here"
+        )
     return num_devices
 
 

@@ -176,9 +176,9 @@ def table(results: list[dict]) -> rich.table.Table:
 
 def main(
     config: Config, hardware: str, network: str, out: str, lengths, scaling: bool,
-    seconds: float, threads: int,
+    devices: int | None, seconds: float, threads: int,
 ):  # fmt: skip
-    num_devices = cases_lib.check_start(config, out)
+    num_devices = cases_lib.check_start(config, out, devices)
     known = cases_lib.hardware_here(hardware, num_devices, network)
     if scaling:
         cases = scaling_cases(config, known, num_devices)
@@ -199,12 +199,13 @@ if __name__ == "__main__":
     _CONFIG, _HARDWARE, _OUT, _SECONDS, _THREADS, _CPU_DEVICES, _NETWORK = cases_lib.define_flags()
     _LENGTHS = flags.DEFINE_multi_integer("length", [4096, 8192, 16_384], "sequence lengths")
     _SCALING = flags.DEFINE_bool("scaling", False, "grow from two devices to all instead")
+    _DEVICES = flags.DEFINE_integer("devices", None, "use so many of those here; by default all")
 
     def _run():
         runtime.start(_CPU_DEVICES.value, network=_NETWORK.value)
         main(
             _CONFIG.value, _HARDWARE.value, _NETWORK.value, _OUT.value, _LENGTHS.value,
-            _SCALING.value, _SECONDS.value, _THREADS.value,
+            _SCALING.value, _DEVICES.value, _SECONDS.value, _THREADS.value,
         )  # fmt: skip
 
     cli.run(_run)

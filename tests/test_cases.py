@@ -169,3 +169,8 @@ def test_a_bad_start_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"--out = '.*' must be in a directory that exists"):
         cases_lib.check_start(config, str(tmp_path / "none" / "out.json"))
     assert cases_lib.check_start(config, str(tmp_path / "out.json")) > 1
+    out = str(tmp_path / "out.json")
+    assert cases_lib.check_start(config, out, 2) == 2
+    for wanted in (1, len(jax.devices()) + 1):
+        with pytest.raises(ConfigError, match=rf"devices = {wanted} must be from 2"):
+            cases_lib.check_start(config, out, wanted)
