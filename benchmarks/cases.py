@@ -97,7 +97,10 @@ def hardware_here(name: str, num_devices: int, network: str) -> Hardware:
             f"hardware {name}: network = {hardware.network!r} must be --network = {network!r}, as "
             f"python -m disag_jax.profile --network={network} measures it"
         )
-    return hardware.on_one_node(num_devices) if jax.process_count() == 1 else hardware
+    if jax.process_count() > 1:
+        return hardware
+    # Exactly so many, so that results of other numbers of devices are told apart.
+    return dataclasses.replace(hardware, devices_per_node=num_devices)
 
 
 def stepper_of(case: Case) -> Stepper:
