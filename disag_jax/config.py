@@ -163,6 +163,12 @@ class SplitConfig:
         experts = 0 if self.colocated else self.expert_workers
         return self.replicas * self.stages * (self.attention_workers + experts)
 
+    @property
+    def expert_holders(self) -> int:
+        """Devices that hold the same routed experts."""
+        groups = self.attention_workers // self.expert_workers if self.colocated else 1
+        return self.replicas * groups
+
 
 @dataclasses.dataclass
 class BatchConfig:
@@ -214,6 +220,9 @@ class OptimizerConfig:
     Attributes:
       mu_dtype: of the first moment between steps, as optax names it. bfloat16 takes a sixth off
         masters and optimizer state; a run keeps it when it resumes.
+      sharded: whether the devices that hold the same routed experts, in replicas and in co-located
+        groups, divide their masters and moments (ZeRO, Rajbhandari et al., 2020, stage 1). Each
+        updates its part, and all gather the weights. Nothing in the result depends on it.
     """
 
     peak_learning_rate: float = 1e-3
@@ -225,6 +234,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     mu_dtype: MuDtype = MuDtype.MASTER
+    sharded: bool = False
 
 
 @dataclasses.dataclass
@@ -355,6 +365,14 @@ class Config:
             split.expert_workers,
             f"a divisor of split.attention_workers ({split.attention_workers}) with "
             "split.placement = colocated, where groups of that many devices share the experts",
+        )
+        per_worker = -(-model.num_experts // split.expert_workers)
+        require(
+            not self.optimizer.sharded or per_worker % split.expert_holders == 0,
+            "optimizer.sharded",
+            self.optimizer.sharded,
+            f"False where the {per_worker} experts of a worker do not divide among the "
+            f"{split.expert_holders} devices that hold them",
         )
         require(
             not split.colocated or split.hop == 1,

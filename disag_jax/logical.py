@@ -151,12 +151,14 @@ def _attention_map(config: Config, geometry: Geometry, path, leaf) -> LeafMap:
 def _expert_map(config: Config, geometry: Geometry, path, leaf) -> LeafMap:
     if path[0].key != ROUTED:
         return _attention_map(config, geometry, path, leaf)
-    num_experts, num_workers = config.model.num_experts, config.split.expert_workers
+    num_experts, blocks = config.model.num_experts, config.split.expert_workers
+    if config.optimizer.sharded:
+        blocks *= config.split.expert_holders
     return LeafMap(
         tables=(_layer_table(config), geometry.places.place_experts()),
         sizes=(config.model.num_layers, num_experts),
         tail=leaf.shape[3:],
-        chunk=(1, 1 if num_experts % num_workers else num_experts // num_workers),
+        chunk=(1, 1 if num_experts % blocks else num_experts // blocks),
     )
 
 

@@ -4,12 +4,13 @@ There are three groups of parameters, each with its own mesh, optimizer state an
 
   attention   leaves [v, p, ...] on the attention submesh, equal on the M workers of a stage
   expert      leaves [v, p, N * places, ...] on the expert submesh, shared experts [v, p, n, ...];
-              equal on copies of the same experts
+              equal on copies of the same experts, or with `optimizer.sharded` divided among them
   vocabulary  embedding and head, rows split over all devices of the union mesh
 
 In [v, p, ...] C order is layer order (layer = row * p + stage). Masters and optimizer state are
 wide (float32, or float64); the pipeline computes with copies in the compute type, packed in rows.
-An update program touches only what its devices hold: it has no collectives.
+An update program touches only what its devices hold: it has no collectives, but to gather the
+weights of divided experts.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from disag_jax import model as model_lib
@@ -28,11 +30,13 @@ from disag_jax.config import Config
 from disag_jax.geometry import Geometry, make_geometry
 from disag_jax.phases import Layouts
 from disag_jax.pipeline import EVERYWHERE, PER_WORKER, VOCABULARY_SPECS
-from mesh.placement import EXPERT, STAGE, Meshes
+from mesh.placement import EXPERT, EXPERT_COPY, REPLICA, STAGE, Meshes
 from mesh.roles import Role
 from mesh.views import ATTENTION_ROWS, EXPERT_ROWS, role_views, union_view
 
 ROUTED, SHARED = model_lib.EXPERTS, "shared_experts"
+# Axes of the expert submesh over which the same experts lie, and the dim of their places.
+HOLDERS, PLACES = (REPLICA, EXPERT_COPY), 2
 GROUPS = ("attention", "expert", "vocabulary")
 
 # Random numbers take LLVM ten times longer to optimise than to draw once.
@@ -156,7 +160,7 @@ class StateManager:
             group = self.groups[name]
             program = self._shard_map(
                 group,
-                lambda params: self._pack[name](params, compute),
+                lambda params: self._compute_copy(name, params),
                 (group.specs,),
                 self._rows_spec[name],
             )
@@ -266,18 +270,15 @@ class StateManager:
 
     def _update_program(self, name: str):
         group = self.groups[name]
-        compute = self.geometry.compute_dtype
 
         def update(params, opt_state, old_copies, grads, factor, rate):
             del old_copies  # their memory is the new ones'
             if name != "vocabulary":
-                grads = self._unpack[name](grads)
+                grads = self._own_part(name, self._unpack[name](grads))
             params, opt_state = optimizer_lib.apply(
                 group.optimizer, params, opt_state, grads, factor, rate
             )
-            if name != "vocabulary":
-                return params, opt_state, self._pack[name](params, compute)
-            return params, opt_state, jax.tree.map(lambda x: x.astype(compute), params)
+            return params, opt_state, self._compute_copy(name, params)
 
         # Its name in a profile.
         update.__name__ = f"update_{name}"
@@ -287,6 +288,30 @@ class StateManager:
         return self._shard_map(
             group, update, in_specs, out_specs, donate_argnums=(0, 1, 2), keep_unused=True
         )
+
+    def _compute_copy(self, name: str, params):
+        """What the pipeline computes with, of a device's masters."""
+        copy = jax.tree.map(lambda x: x.astype(self.geometry.compute_dtype), params)
+        if name == "vocabulary":
+            return copy
+        if self._divides(name):
+            whole = functools.partial(lax.all_gather, axis_name=HOLDERS, axis=PLACES, tiled=True)
+            copy = {**copy, ROUTED: jax.tree.map(whole, copy[ROUTED])}
+        return self._pack[name](copy, self.geometry.compute_dtype)
+
+    def _own_part(self, name: str, grads):
+        """The gradients of what a device holds the masters of."""
+        if not self._divides(name):
+            return grads
+
+        def own(x):
+            size = x.shape[PLACES] // self.config.split.expert_holders
+            return lax.dynamic_slice_in_dim(x, lax.axis_index(HOLDERS) * size, size, PLACES)
+
+        return {**grads, ROUTED: jax.tree.map(own, grads[ROUTED])}
+
+    def _divides(self, name: str) -> bool:
+        return name == "expert" and self.config.optimizer.sharded
 
     def _update_outputs(self, name: str):
         """(shapes, specs) of what `_update_program` returns."""
@@ -326,10 +351,12 @@ class StateManager:
 
 def _make_groups(config: Config, meshes: Meshes, geometry: Geometry) -> dict[str, Group]:
     per_stage = PartitionSpec(None, STAGE)
+    # A worker's experts stay together: its holders' parts follow each other.
+    places = (EXPERT, *HOLDERS) if config.optimizer.sharded else EXPERT
     specs = {
         "attention": lambda path: per_stage,
         "expert": lambda path: (
-            per_stage if path[0].key == SHARED else PartitionSpec(None, STAGE, EXPERT)
+            per_stage if path[0].key == SHARED else PartitionSpec(None, STAGE, places)
         ),
         "vocabulary": lambda path: VOCABULARY_SPECS[path[0].key],
     }

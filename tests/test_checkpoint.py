@@ -162,6 +162,34 @@ def test_a_short_first_moment_is_kept_bit_for_bit(tmp_path):
         Checkpoints(tmp_path, stepper_of("1 2 2").manager).restore()
 
 
+def test_divided_state_moves_to_whole_and_back(tmp_path):
+    split = SplitConfig(2, 1, 1, 2, bucket_factors=())
+    model = MODEL | {"num_experts": 8}
+
+    def manager_of(is_sharded):
+        config = support.small_config(split, 2, **model)
+        config.optimizer.sharded = is_sharded
+        return support.make_stepper(config.validate()).manager
+
+    whole, divided = manager_of(False), manager_of(True)
+    state = whole.init(0)
+    draw = np.random.default_rng(0).standard_normal
+    state.opt_state = jax.tree.map(
+        lambda x: jax.device_put(jnp.asarray(draw(x.shape), x.dtype), x.sharding), state.opt_state
+    )
+    expected = logical(whole, state.masters)
+    for number, (here, there) in enumerate([(whole, divided), (divided, whole)]):
+        directory = tmp_path / str(number)
+        checkpoints = Checkpoints(directory, here)
+        checkpoints.save(state, EXTRA)
+        checkpoints.wait()
+        state, _ = Checkpoints(directory, there).restore()
+        jax.tree.map(np.testing.assert_array_equal, logical(there, state.masters), expected)
+        rows = there.with_compute_copies(0, state.params, state.opt_state, state.router_bias).rows
+        np.testing.assert_array_equal(rows, state.rows)
+    np.testing.assert_array_equal(state.rows, whole.init(0).rows)
+
+
 def test_a_run_that_moves_at_every_step(run, tmp_path):
     """From the twin to one device and to other devices, each saving what the next restores."""
     directory = run.directory

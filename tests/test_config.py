@@ -133,6 +133,8 @@ RELATIONS = [
         {**TWIN, "split__attention_workers": 4},
     ),
     ("split.hop", 2, "1 with split.placement = colocated", TWIN),
+    ("optimizer.sharded", True, "False where the 4 experts of a worker do not divide among the 3",
+     {"split__replicas": 3, "split__expert_workers": 2}),
     ("split.overlap", Overlap.INTERLEAVED, "none with split.placement = disaggregated", {}),
     ("split.overlap", Overlap.CHUNKED, "none with split.expert_workers = 1", TWIN),
     ("split.overlap", Overlap.CHUNKED, "none where split.forward_chunks and", SHARING),

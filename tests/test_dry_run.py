@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import qwen3_235b
-from disag_jax import auto_placement, bench, dry_run
+from disag_jax import auto_placement, bench, dry_run, memory
 from disag_jax.config import (
     BatchConfig,
     ConfigError,
@@ -60,25 +60,30 @@ def test_a_dry_run_counts_what_the_planner_counts_and_refuses_what_does_not_fit(
 
 
 @pytest.mark.parametrize("mu_dtype", list(MuDtype))
-def test_state_is_as_large_as_planned(mu_dtype):
-    config = make_config(SplitConfig(stages=1, attention_workers=1, expert_workers=1))
-    config.optimizer.mu_dtype = mu_dtype
-    manager = StateManager(config, Meshes.make(placement_of(config), jax.devices()[:2]))
-    masters = manager.abstract_state().masters
-    held = {
-        group: sum(leaf.size * leaf.dtype.itemsize for kind in ("params", "opt_state")
-                   for leaf in jax.tree.leaves(masters[kind][group]))
-        for group in ("attention", "expert", "vocabulary")
-    }  # fmt: skip
+@pytest.mark.parametrize("sharded", [False, True])
+def test_state_is_as_large_as_planned(mu_dtype, sharded):
+    split = SplitConfig(replicas=2, stages=1, attention_workers=1, expert_workers=1)
+    config = make_config(split, num_shared_experts=1)
+    config.optimizer.mu_dtype, config.optimizer.sharded = mu_dtype, sharded
+    manager = StateManager(config, Meshes.make(placement_of(config), jax.devices()[:4]))
     sizes = Sizes.of(config)
-    for role in ("attention", "expert"):
-        planned = resident_bytes(sizes)[f"{role} worker"]["state"]
-        # Counters of steps are not planned for.
-        assert held[role] + held["vocabulary"] / 2 == pytest.approx(planned, abs=64)
+    for kind, groups in memory.role_groups(colocated=False).items():
+        planned = resident_bytes(sizes)[kind]["state"]
+        # The last norm is whole on every device, and steps are counted.
+        assert memory.state_bytes(manager, groups) == pytest.approx(planned, abs=1024)
     as_masters = copy.deepcopy(config)
     as_masters.optimizer.mu_dtype = MuDtype.MASTER
-    share = Costs(sizes, H100).update / Costs(Sizes.of(as_masters), H100).update
+    costs, of_masters = Costs(sizes, H100), Costs(Sizes.of(as_masters), H100)
+    gathering = costs.update - Costs(sizes, dataclasses.replace(H100, intra_node=instant())).update
+    assert (gathering > 0) == sharded
+    share = (costs.update - gathering) / (of_masters.update - gathering)
     assert share == pytest.approx(1 if mu_dtype is MuDtype.MASTER else 26 / 30)
+
+
+def instant() -> hardware.Link:
+    """A link that takes no time."""
+    transfer = hardware.Transfer(gigabytes_per_second=1e30, latency_microseconds=0)
+    return hardware.Link(transfer, transfer, transfer)
 
 
 @pytest.mark.parametrize("hop", [1, 2])

@@ -51,6 +51,41 @@ def short_first_moment():
     return support.make_stepper(config)
 
 
+def make_sharded(split):
+    """A stepper whose routed experts' optimizer state is divided in two on each worker."""
+    config = support.small_config(
+        split, 2, num_layers=3, num_shared_experts=1, num_experts=8, bias_update_rate=0.01
+    )
+    config.optimizer.sharded = True
+    return support.make_stepper(config.validate())
+
+
+@pytest.fixture(scope="module")
+def sharded_over_replicas():
+    return make_sharded(SplitConfig(2, 2, 1, 1, bucket_factors=()))
+
+
+@pytest.fixture(scope="module")
+def sharded_over_groups():
+    kind = PlacementKind.COLOCATED
+    return make_sharded(SplitConfig(1, 1, 4, 2, bucket_factors=(), placement=kind))
+
+
+@pytest.mark.parametrize("name", ["sharded_over_replicas", "sharded_over_groups"])
+def test_the_holders_of_experts_divide_their_state(name, request):
+    stepper = request.getfixturevalue(name)
+    state, per_worker = stepper.init(0), 8 // stepper.config.split.expert_workers
+    routed = state.params["expert"]["experts"]["gate"]
+    moments = state.opt_state["expert"][0].mu["experts"]["gate"]
+    for leaf in (routed, moments):
+        shapes = {shard.data.shape[2] for shard in leaf.addressable_shards}
+        assert shapes == {per_worker // 2}
+        # Every part is somewhere, and nowhere twice.
+        assert all(shard.replica_id == 0 for shard in leaf.addressable_shards)
+    shared = state.params["expert"]["shared_experts"]["gate"]
+    assert {shard.data.shape[2] for shard in shared.addressable_shards} == {1}
+
+
 def test_the_first_moment_is_of_the_type_that_is_asked_for(short_first_moment, everything_on):
     def dtypes(stepper):
         states = [s[0] for s in stepper.init(0).opt_state.values()]
@@ -61,7 +96,11 @@ def test_the_first_moment_is_of_the_type_that_is_asked_for(short_first_moment, e
     assert dtypes(everything_on) == [{"float64"}, {"float64"}]
 
 
-@pytest.mark.parametrize("name", ["everything_on", "colocated", "short_first_moment"])
+@pytest.mark.parametrize(
+    "name",
+    ["everything_on", "colocated", "short_first_moment", "sharded_over_replicas",
+     "sharded_over_groups"],
+)  # fmt: skip
 def test_twenty_steps_equal_a_plain_optax_trainer(name, request):
     stepper = request.getfixturevalue(name)
     config = stepper.config

@@ -313,8 +313,8 @@ class Costs:
 
     @property
     def update(self) -> float:
-        """Optimizer and packing on the devices that hold most parameters, without collectives."""
-        layer, devices = self.sizes.layer_parameters, self.sizes.placement.num_devices
+        """Optimizer and packing on the devices that hold most, and gathering divided experts."""
+        layer, devices = self.sizes.layer_masters, self.sizes.placement.num_devices
         held = sum(layer.values()) if self.config.split.colocated else max(layer.values())
         parameters = (
             self.config.layers_per_stage * held + self.sizes.vocabulary_parameters / devices
@@ -324,8 +324,20 @@ class Costs:
         share = 1 - 2 * (self.sizes.wide_bytes - self.sizes.mu_bytes) / moved
         measured = self.hardware.update_milliseconds_per_gigaparameter
         if measured is not None:
-            return 1e-12 * measured * share * parameters
-        return moved * share * parameters / self.hardware.bytes_per_second
+            return 1e-12 * measured * share * parameters + self._gather_experts
+        return moved * share * parameters / self.hardware.bytes_per_second + self._gather_experts
+
+    @property
+    def _gather_experts(self) -> float:
+        """The compute copies of a worker's routed experts, from the devices that divide them."""
+        if not self.config.optimizer.sharded:
+            return 0.0
+        layer = self.sizes.experts_held * expert_parameters(self.config.model)
+        num_bytes = self.config.layers_per_stage * layer * self.sizes.item_bytes
+        seconds = self.links.replicas.all_gather(num_bytes)
+        if self.sizes.placement.colocated:
+            seconds += self.links.expert_copies.all_gather(num_bytes)
+        return seconds
 
     @property
     def gradient_passes(self) -> float:

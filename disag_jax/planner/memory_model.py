@@ -66,7 +66,7 @@ def resident_bytes(sizes: Sizes) -> dict[str, dict[str, float]]:
         "weights": item * (rows + vocabulary / devices) + 8 * tokens,
         "gradients": wide * (rows + vocabulary / devices) + (item + wide) * vocabulary,
     }
-    held = {role: config.layers_per_stage * n for role, n in sizes.layer_parameters.items()}
+    held = {role: config.layers_per_stage * n for role, n in sizes.layer_masters.items()}
     if config.split.colocated:
         held = {"worker": sum(held.values())}
     else:

@@ -125,6 +125,15 @@ class Sizes:
         }
 
     @property
+    def layer_masters(self) -> dict[Role, float]:
+        """Parameters of one layer that a worker of each role holds the masters of."""
+        held = dict(self.layer_parameters)
+        if self.config.optimizer.sharded:
+            routed = self.experts_held * expert_parameters(self.config.model)
+            held[Role.EXPERT] -= routed * (1 - 1 / self.config.split.expert_holders)
+        return held
+
+    @property
     def row_columns(self) -> dict[Role, int]:
         """Columns of the arrays that hold a worker's rows, one row a layer.
 
