@@ -168,8 +168,9 @@ def run(
             out.write_text(json.dumps([*results, *stuck, begun], indent=1))
             faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
             try:
-                results.append(measure(case, steppers.pop(0)) | marked)
+                result = measure(case, steppers.pop(0))
                 check_network(hardware.network)
+                results.append(result | marked)
                 outcome = f"{results[-1]['seconds']:.3f} s"
             except (ConfigError, jax.errors.JaxRuntimeError) as error:  # such as too little memory
                 outcome = f"failed: {str(error).splitlines()[0]}"

@@ -8,8 +8,6 @@ the time and the rate of each product, counting the real rows only.
 
 import functools
 import itertools
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +74,7 @@ def measure(num_rows: int, skew: float):
         "+= x^T dy": (1, add_again),
     }
     counts = np.bincount(ids, minlength=EXPERTS)
-    line = _Report(num_rows, counts.max() / counts.mean())
+    line = functools.partial(_report, num_rows, counts.max() / counts.mean())
     took = {
         name: line(name, time_calls(name, call, calls=REPEATS).milliseconds, num_products)
         for name, (num_products, call) in calls.items()
@@ -87,23 +85,18 @@ def measure(num_rows: int, skew: float):
     _measure_torch(num_rows, counts, line)
 
 
-class _Report:
+def _report(num_rows: int, load: float, name: str, milliseconds: float, num_products: int) -> float:
     """Prints a line for a measured time and returns it."""
-
-    def __init__(self, num_rows: int, load: float):
-        self._num_rows, self._load = num_rows, load
-
-    def __call__(self, name: str, milliseconds: float, num_products: int) -> float:
-        work = num_products * 2 * self._num_rows * D_MODEL * WIDTH
-        print(
-            f"{name:17} {self._num_rows:7,} rows, max/mean load {self._load:.2f}: "
-            f"{milliseconds:6.3f} ms, {work / milliseconds / 1e9:4.0f} TFLOP/s",
-            flush=True,
-        )
-        return milliseconds
+    work = num_products * 2 * num_rows * D_MODEL * WIDTH
+    print(
+        f"{name:17} {num_rows:7,} rows, max/mean load {load:.2f}: {milliseconds:6.3f} ms, "
+        f"{work / milliseconds / 1e9:4.0f} TFLOP/s",
+        flush=True,
+    )
+    return milliseconds
 
 
-def _measure_torch(num_rows: int, counts, line: _Report):
+def _measure_torch(num_rows: int, counts, line):
     """The same products of torch; it writes the weights' gradient, and adds it to nothing."""
     try:
         import torch
@@ -120,23 +113,13 @@ def _measure_torch(num_rows: int, counts, line: _Report):
         "torch dy w^T": lambda: torch._grouped_mm(dy, w.transpose(1, 2), offs=ends),
         "torch x^T dy": lambda: torch._grouped_mm(x.t(), dy, offs=ends),
     }
-    took = {name: line(name, _time_torch(call), 1) for name, call in calls.items()}
+
+    def milliseconds(name: str, call) -> float:
+        wait = lambda _: torch.cuda.synchronize()  # noqa: E731
+        return time_calls(name, call, calls=REPEATS, wait=wait).milliseconds
+
+    took = {name: line(name, milliseconds(name, call), 1) for name, call in calls.items()}
     line("torch, all three", sum(took.values()), 3)
-
-
-def _time_torch(call) -> float:
-    """Milliseconds of a call: the median of repeats, as `time_calls` has it."""
-    import torch
-
-    times = []
-    for _ in range(1 + 5):  # the first warms up
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(REPEATS):
-            call()
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began) / REPEATS)
-    return statistics.median(times[1:])
 
 
 def main():

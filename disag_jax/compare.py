@@ -229,10 +229,9 @@ def largest_difference(first: list[float], second: list[float]) -> float:
 
 
 def compare(
-    config: Config, runner: Runner, num_steps: int, sizes: tuple[int, ...], twin: Config
+    runner: Runner, both: list[list[Config]], num_steps: int
 ) -> tuple[Measurement, Measurement]:
-    """Measures both placements, each at the fastest of the micro-batch sizes tried."""
-    both = candidates_of_both(config, twin, sizes)
+    """Measures both placements, each at the fastest of its candidates."""
     return tuple(_best(runner, tried, num_steps) for tried in both)
 
 
@@ -319,13 +318,13 @@ def main(config, workdir, num_steps, cpu_devices, network, sizes, twin_experts, 
             "compile and those that are traced"
         )
     twin = twin_of(config, twin_experts, **(twin_overlap or {}))
-    candidates_of_both(config, twin, sizes)
+    both = candidates_of_both(config, twin, sizes)
     directory = pathlib.Path(workdir)
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"workdir = {workdir!r} must be a new or empty directory")
     directory.mkdir(parents=True, exist_ok=True)
     runner = Runner(directory.resolve(), cpu_devices, network)
-    measurements = compare(config, runner, num_steps, sizes, twin)
+    measurements = compare(runner, both, num_steps)
     difference = largest_difference(*(m.losses for m in measurements))
     tolerance = TOLERANCES[config.run.compute_dtype]
     result = {

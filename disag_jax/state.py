@@ -154,19 +154,18 @@ class StateManager:
 
     def with_compute_copies(self, step: int, params, opt_state, router_bias) -> TrainState:
         """The state with these masters: casts and packs what the pipeline computes with."""
-        compute = self.geometry.compute_dtype
 
         def role_rows(name):
             group = self.groups[name]
             program = self._shard_map(
                 group,
-                lambda params: self._compute_copy(name, params),
+                functools.partial(self._compute_copy, name),
                 (group.specs,),
                 self._rows_spec[name],
             )
             return group.run(program, self._row_shape(name), self._rows_spec[name], params[name])
 
-        cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(compute), tree))
+        cast = jax.jit(functools.partial(self._compute_copy, "vocabulary"))
         return TrainState(
             step=step,
             params=params,
@@ -297,7 +296,7 @@ class StateManager:
         if self._divides(name):
             whole = functools.partial(lax.all_gather, axis_name=HOLDERS, axis=PLACES, tiled=True)
             copy = {**copy, ROUTED: jax.tree.map(whole, copy[ROUTED])}
-        return self._pack[name](copy, self.geometry.compute_dtype)
+        return self._pack[name](copy)
 
     def _own_part(self, name: str, grads):
         """The gradients of what a device holds the masters of."""
@@ -405,28 +404,28 @@ def _init_vocabulary(config: Config, geometry: Geometry, key):
 _INIT = {"attention": _init_attention, "expert": _init_expert, "vocabulary": _init_vocabulary}
 
 
-def _pack_attention(layouts: Layouts, params, dtype):
+def _pack_attention(layouts: Layouts, params):
     """Local leaves [v, 1, ...] to rows [1, v, P]."""
     layer = jax.tree.map(lambda x: x[:, 0], params)
-    return _pack(layouts, Role.ATTENTION, layer, dtype)
+    return _pack(layouts, Role.ATTENTION, layer)
 
 
 def _unpack_attention(layouts: Layouts, rows):
     return jax.tree.map(lambda x: x[:, None], layouts[Role.ATTENTION].unpack(rows[0]))
 
 
-def _pack_expert(layouts: Layouts, params, dtype):
+def _pack_expert(layouts: Layouts, params):
     """Local leaves [v, 1, places, ...] to rows [1, v, P], shared experts after the worker's own."""
     experts = params[ROUTED]
     if SHARED in params:
         join = lambda routed, shared: jnp.concatenate([routed, shared], axis=2)  # noqa: E731
         experts = jax.tree.map(join, experts, params[SHARED])
     layer = {ROUTED: jax.tree.map(lambda x: x[:, 0], experts)}
-    return _pack(layouts, Role.EXPERT, layer, dtype)
+    return _pack(layouts, Role.EXPERT, layer)
 
 
-def _pack(layouts: Layouts, role: Role, layer, dtype):
-    return layouts[role].pack(layer, layouts.num_columns(role))[None].astype(dtype)
+def _pack(layouts: Layouts, role: Role, layer):
+    return layouts[role].pack(layer, layouts.num_columns(role))[None]
 
 
 def _unpack_expert(layouts: Layouts, geometry: Geometry, rows):

@@ -38,16 +38,19 @@ class Figure:
         return self.floor_milliseconds / self.milliseconds
 
 
-def time_calls(name: str, call, *, calls: int = 5, **fields) -> Figure:
-    """The time of `call()`, which returns arrays: repeats of several calls queued in a row."""
+def time_calls(name: str, call, *, calls: int = 5, wait=jax.block_until_ready, **fields) -> Figure:
+    """The time of `call()`: repeats of several calls queued in a row.
+
+    wait: returns when what it is given, the result of the last call, is there.
+    """
     for _ in range(WARM_UP):
-        jax.block_until_ready(call())
+        wait(call())
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
         for _ in range(calls):
             result = call()
-        jax.block_until_ready(result)
+        wait(result)
         times.append((time.perf_counter() - began) / calls)
     return figure_of(name, times, **fields)
 

@@ -116,13 +116,8 @@ def device_times(directory, counted=COMMUNICATION) -> dict[str, DeviceTime]:
 
     counted: the communication that counts; `EXCHANGE` leaves out the rest.
     """
-    return times_of(kernels(directory), counted)
-
-
-def times_of(ran, counted=COMMUNICATION) -> dict[str, DeviceTime]:
-    """The same of what `kernels` returns."""
     spans = collections.defaultdict(lambda: ([], []))
-    for device, kernel, begin, end in ran:
+    for device, kernel, begin, end in kernels(directory):
         if counted.search(kernel) or not COMMUNICATION.search(kernel):
             is_communication = counted.search(kernel) is not None
             spans[device][is_communication].append((begin, end))

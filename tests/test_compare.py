@@ -89,15 +89,17 @@ def test_each_placement_is_measured_at_its_fastest_size(capsys):
         "disaggregated_8192": 3.0, "disaggregated_16384": 2.0,
         "colocated_8192": 1.0, "colocated_16384": None,
     }  # fmt: skip
-    found = compare.compare(config, FakeRunner(speeds), 6, (8192, 16_384), twin)
+    both = compare.candidates_of_both(config, twin, (8192, 16_384))
+    found = compare.compare(FakeRunner(speeds), both, 6)
     assert [m.split for m in found] == ["disaggregated_8192", "colocated_8192"]
     printed = capsys.readouterr().out
     assert "disaggregated_16384: 2 tokens/s" in printed and "no memory" in printed
     speeds["colocated_8192"] = None
     with pytest.raises(RunError, match=r"colocated: no micro-batch size of 8192, 16384"):
-        compare.compare(config, FakeRunner(speeds), 6, (8192, 16_384), twin)
+        compare.compare(FakeRunner(speeds), both, 6)
     with pytest.raises(RunError, match="disaggregated: no memory"):
-        compare.compare(config, FakeRunner({"disaggregated": None}), 6, (16_384,), twin)
+        one_size = compare.candidates_of_both(config, twin, (16_384,))
+        compare.compare(FakeRunner({"disaggregated": None}), one_size, 6)
 
 
 @pytest.fixture(scope="module")
