@@ -1,7 +1,8 @@
 """What benchmarks of whole steps share: cases beside their prediction, measured one by one.
 
-Results are kept with what they hold for: the devices, the network, what was predicted for, and of
-each the config. None is taken for another's.
+Results are kept with what they hold for: the devices, the network, and of each the config. None is
+taken for another's. What was measured does not depend on the hardware's description: with another
+one, predictions are made anew.
 """
 
 import collections
@@ -36,6 +37,9 @@ WARM_UP, STEPS = 2, 3
 
 # Longer than this no case takes that ends: the process is ended, and says where it was.
 CASE_SECONDS = 150
+
+# The mark of a result that says what it is predicted for.
+HARDWARE = "hardware"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +108,10 @@ def hardware_here(name: str, num_devices: int, network: str) -> Hardware:
 
 
 def stepper_of(case: Case) -> Stepper:
-    """With its pipeline compiled in the bucket of the expected load and in the next larger one."""
+    """With its pipeline compiled in the bucket that it begins with."""
     placement = placement_of(case.config.validate())
     stepper = Stepper(case.config, Meshes.make(placement, jax.devices()[: placement.num_devices]))
-    for bucket in stepper.chooser.options[:2]:
-        stepper.compiled_program(bucket)
+    stepper.compiled_program(stepper.chooser.current)
     return stepper
 
 
@@ -121,24 +124,32 @@ def measure(case: Case, stepper: Stepper) -> dict:
     median = statistics.median(seconds[WARM_UP:])
     speed = config.tokens_per_step / median
     return {
-        **{k: v for k, v in dataclasses.asdict(case).items() if k != "config"},
         "sequence_length": config.batch.sequence_length,
         "devices": config.split.num_devices,
         "tokens_per_step": config.tokens_per_step,
         "seconds": median,
         "tokens_per_second": speed,
         "tflops_per_device": flops_per_device(config, speed) / 1e12,
-        "predicted_tokens_per_second": config.tokens_per_step / case.predicted_seconds,
         "losses": [float(of_step["loss"]) for of_step in metrics],
         "expert_load": float(counts.max() / counts.mean()),
         "peak_memory_gib": max(peak_memory(stepper.meshes).values(), default=None),
     }
 
 
+def _of_case(case: Case) -> dict:
+    """What a result has from its case, predictions among it."""
+    fields = {k: v for k, v in dataclasses.asdict(case).items() if k != "config"}
+    speed = case.config.tokens_per_step / case.predicted_seconds
+    return fields | {"predicted_tokens_per_second": speed}
+
+
 def run(
     cases: list, out: pathlib.Path, seconds: float, threads: int, hardware: Hardware
 ) -> tuple[list[dict], str]:
     """Measures what `out` does not hold yet: (all results, what failed or had no time, in words).
+
+    Results of cases that are not asked for now are among them if they are predicted for the same
+    hardware; `out` keeps them all.
 
     As many programs as there are `threads` are compiled at once and then measured one after the
     other: what is compiled beside a measurement would disturb it. No case begins after `seconds`.
@@ -150,9 +161,15 @@ def run(
     kept = _kept(out, marks)
     done = {(result["group"], result["name"]) for result in kept}
     waiting = [case for case in cases if (case.group, case.name) not in done]
-    results = [result for result in kept if "seconds" in result]
+    complete = [result for result in kept if "seconds" in result]
+    results, others = _predicted_anew(complete, cases, marks)
     stuck = [result for result in kept if "seconds" not in result]
     missing = [f"{one['group']}: {one['name']} did not end in an earlier run" for one in stuck]
+
+    def write(*begun: dict):
+        out.write_text(json.dumps([*results, *others, *stuck, *begun], indent=1))
+
+    write()
     for case in waiting:
         load_inputs(case.config)  # a text that is too short is found before anything is compiled
     while waiting and time.perf_counter() - began < seconds:
@@ -164,21 +181,16 @@ def run(
             case = together.pop(0)
             name = f"{case.group}: {case.name}"
             marked = marks[case.group, case.name]
-            begun = {"group": case.group, "name": case.name} | marked
-            out.write_text(json.dumps([*results, *stuck, begun], indent=1))
-            faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
+            write({"group": case.group, "name": case.name} | marked)
             try:
-                result = measure(case, steppers.pop(0))
-                check_network(hardware.network)
-                results.append(result | marked)
+                measured = _measure_in_time(case, steppers.pop(0), hardware)
+                results.append(_of_case(case) | measured | marked)
                 outcome = f"{results[-1]['seconds']:.3f} s"
             except (ConfigError, jax.errors.JaxRuntimeError) as error:  # such as too little memory
                 outcome = f"failed: {str(error).splitlines()[0]}"
                 missing.append(f"{name} {outcome}")
             finally:
-                # Also where a case ends the benchmark: only one that hangs stays begun.
-                faulthandler.cancel_dump_traceback_later()
-                out.write_text(json.dumps([*results, *stuck], indent=1))
+                write()  # also where a case ends the benchmark: only one that hangs stays begun
             print(f"{time.perf_counter() - began:.0f} s  {name}: {outcome}", flush=True)
             # The next one needs the memory.
             gc.collect()
@@ -189,15 +201,40 @@ def run(
     return results, "; ".join(missing)
 
 
+def _measure_in_time(case: Case, stepper: Stepper, hardware: Hardware) -> dict:
+    """What `measure` returns; the process ends where it takes longer than any case that ends."""
+    faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
+    try:
+        result = measure(case, stepper)
+        check_network(hardware.network)
+        return result
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def _marks(case: Case, hardware: Hardware) -> dict[str, str]:
     """What a result holds for, in words and as hashes."""
     device = jax.devices()[0]
     return {
         "devices_here": f"{len(jax.devices())} x {device.device_kind}, jax {jax.__version__}",
         "network": hardware.network,
-        "hardware": f"{hardware.name} {_hash(hardware)}",
+        HARDWARE: f"{hardware.name} {_hash(hardware)}",
         "config": _hash(case.config),
     }
+
+
+def _predicted_anew(measured: list[dict], cases: list, marks: dict) -> tuple[list, list]:
+    """(results with what is predicted now, those of other cases that were predicted otherwise)."""
+    by_name = {(case.group, case.name): case for case in cases}
+    now = {mark[HARDWARE] for mark in marks.values()}
+    results, others = [], []
+    for result in measured:
+        name = result["group"], result["name"]
+        if name in by_name:
+            results.append(result | _of_case(by_name[name]) | marks[name])
+        else:
+            (results if result[HARDWARE] in now else others).append(result)
+    return results, others
 
 
 def _hash(record) -> str:
@@ -215,7 +252,7 @@ def _kept(out: pathlib.Path, marks: dict) -> list[dict]:
             (result["group"], result["name"]), any_marks | {"config": result.get("config")}
         )
         for field, value in wanted.items():
-            if result.get(field) != value:
+            if field != HARDWARE and result.get(field) != value:
                 raise ConfigError(
                     f"--out = {str(out)!r}, {result['group']}, {result['name']}: {field} = "
                     f"{result.get(field)!r} must be {value!r}; name another file"

@@ -31,7 +31,7 @@ def measured(monkeypatch):
     def measure(one, stepper):
         assert stepper == f"stepper of {one.name}"
         done.append(one.name)
-        return {"group": one.group, "name": one.name, "seconds": 0.5}
+        return {"seconds": 0.5}
 
     monkeypatch.setattr(cases_lib, "measure", measure)
     return done
@@ -100,7 +100,7 @@ cases.CASE_SECONDS = 1
 cases.stepper_of = lambda one: one.name
 def measure(one, stepper):
     time.sleep(60 if one.name == "split 1" else 0)
-    return {{"group": one.group, "name": one.name, "seconds": 0.5}}
+    return {{"seconds": 0.5}}
 cases.measure = measure
 cases.run([case(number) for number in range(3)], pathlib.Path({str(out)!r}), 60, 1, H100)
 """
@@ -123,19 +123,32 @@ cases.run([case(number) for number in range(3)], pathlib.Path({str(out)!r}), 60,
 def test_results_of_something_else_are_not_gone_on_with(measured, tmp_path):
     out, cases = tmp_path / "out.json", [case(0), case(1)]
     kept, _ = cases_lib.run(cases, out, seconds=60, threads=2, hardware=H100)
-    # Of other cases of the same devices, network and hardware they stay.
+    # Of other cases of the same devices and network they stay.
     assert cases_lib.run([case(2)], out, 60, 2, hardware=H100)[0][:2] == kept
-    slower = dataclasses.replace(H100, product_efficiency=0.5)
-    with pytest.raises(ConfigError, match=r"--out = .*split 0: hardware = 'h100 .*name another"):
-        cases_lib.run(cases, out, 60, 2, hardware=slower)
     over_sockets = dataclasses.replace(H100, network="sockets")
-    with pytest.raises(ConfigError, match=r"network = 'default' must be 'sockets'"):
+    with pytest.raises(ConfigError, match=r"--out = .*network = 'default' must be 'sockets'; name"):
         cases_lib.run([case(3)], out, 60, 2, hardware=over_sockets)
     other = case(1)
     other.config.optimizer.peak_learning_rate = 1.0
     with pytest.raises(ConfigError, match="group 0, split 1: config = "):
         cases_lib.run([case(0), other], out, 60, 2, hardware=H100)
     assert measured == ["split 0", "split 1", "split 2"]
+
+
+def test_what_is_measured_is_predicted_anew_for_other_hardware(measured, tmp_path):
+    out = tmp_path / "out.json"
+    cases_lib.run([case(0), case(1)], out, seconds=60, threads=2, hardware=H100)
+    slower = dataclasses.replace(H100, product_efficiency=0.5)
+    now = dataclasses.replace(case(0), predicted_seconds=2.0)
+    (result,), _ = cases_lib.run([now], out, 60, 2, hardware=slower)
+    assert result["seconds"] == 0.5 and result["predicted_seconds"] == 2.0
+    assert result["predicted_tokens_per_second"] == now.config.tokens_per_step / 2.0
+    # The other one's prediction is of the hardware before: kept in the file alone.
+    names = [(kept["name"], kept["hardware"]) for kept in json.loads(out.read_text())]
+    assert names[0] == ("split 0", result["hardware"]) and names[1][0] == "split 1"
+    assert names[1][1] != result["hardware"]
+    assert len(cases_lib.run([now, case(1)], out, 60, 2, hardware=slower)[0]) == 2
+    assert measured == ["split 0", "split 1"]
 
 
 def test_predictions_are_for_the_network_that_is_used():

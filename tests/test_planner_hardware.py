@@ -26,6 +26,7 @@ def test_the_projects_own_files_are_valid_and_marked():
 
 
 def test_what_is_written_is_read_back(record, tmp_path):
+    record["lost_beside_transfers"] = {"expert_backward": 0.0}  # as a measurement may find
     found = hardware.read(record, "h800")
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(dataclasses.asdict(found)))
@@ -52,6 +53,7 @@ def test_what_is_written_is_read_back(record, tmp_path):
         (("bandwidth",), 3, r"bandwidth = 3 must be a known field: name, source"),
         (("unit_fits",), [], r"unit_fits = \[\] must be an object"),
         (("unit_fits",), {"mlp": {}}, r"mlp: overhead_microseconds = None must be given"),
+        (("lost_beside_transfers",), {"loss": -0.1}, r"loss = -0.1 must be 0 or more"),
         (("intra_node",), None, r"intra_node = None must be an object"),
         (("intra_node", "all_to_all", "latency_microseconds"), -1,
          r"intra_node, all_to_all: latency_microseconds = -1 must be 0 or more"),

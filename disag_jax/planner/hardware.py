@@ -259,7 +259,7 @@ _SHARES = (
 _MAY_BE_ZERO = (
     "latency_microseconds", "unit_overhead_microseconds", "host_milliseconds", "r_squared",
     "overhead_microseconds", "milliseconds_per_product_tflop", "milliseconds_per_score_tflop",
-    "milliseconds_per_gigabyte",
+    "milliseconds_per_gigabyte", *UNITS,  # of `lost_beside_transfers`
 )  # fmt: skip
 
 
