@@ -1,10 +1,14 @@
 """Measures the devices here and writes what the planner needs to know of them.
 
-  python -m disag_jax.profile --config configs/balanced.py --out h100x2.json
+  python -m disag_jax.profile --config configs/balanced.py --out fast.json
+  python -m disag_jax.profile --config configs/balanced.py --out slow.json --units fast.json \\
+    --network=sockets
 
 The pipeline's phases and the loss are timed in some variants of the config's shape, transfers and
 sums over sizes, and the optimizer; each is fitted to the work in it (disag_jax/planner/fits.py).
-The devices, an even number of them, are half attention and half expert workers.
+The devices, an even number of them, are half attention and half expert workers. With `--units` only
+transfers are measured, and all else is taken from a profile of the same devices: it does not depend
+on the network.
 """
 
 import copy
@@ -18,13 +22,13 @@ import jax
 import numpy as np
 
 from disag_jax import bench_phases, bench_transfer
-from disag_jax.bench_units import measure_rates
+from disag_jax.bench_units import Rates, measure_rates
 from disag_jax.config import Config, ConfigError, PlacementKind, SplitConfig
 from disag_jax.flops import peak_flops
 from disag_jax.nccl_log import check_network
 from disag_jax.planner.costs import unit_work
 from disag_jax.planner.fits import fit_link, fit_units, fit_update
-from disag_jax.planner.hardware import UNITS, Hardware, Link, Transfer
+from disag_jax.planner.hardware import UNITS, Hardware, Link, Transfer, load
 from disag_jax.planner.prediction import check_predictable
 from disag_jax.planner.sizes import Sizes
 from disag_jax.state import StateManager
@@ -34,52 +38,68 @@ from mesh.placement import Meshes
 # Not measured here: what a step's host takes between programs, a unit's launch where a unit has no
 # fit, and the share of the product's rate that attention reaches where it has none.
 HOST_MILLISECONDS, UNIT_OVERHEAD_MICROSECONDS, SCORE_EFFICIENCY = 5, 50, 0.65
+ASSUMED = "Assumed: host_milliseconds, unit_overhead_microseconds, score_efficiency."
 
 UPDATES = 4
 UPDATE_LAYERS = (1, 2)
 
 
-def profile(config: Config, out: str, network: str, say=print) -> Hardware:
+def profile(
+    config: Config, out: str, network: str, units: str | None = None, say=print
+) -> Hardware:
     """Measures, and writes to `out` the hardware, and beside it the points it is fitted to.
 
     network: as `mesh.runtime.start` was given.
+    units: hardware that all but the transfers is taken from; None measures that too.
 
     RunError if no line goes through the points, which are then written alone. `say` is told what is
     being measured.
     """
-    say("rates of a product and of a copy")
-    rates, _ = measure_rates(config)
     shape = _one_stage(config)
-    meshes = make_meshes(shape)
-    points = {unit: [] for unit in UNITS}
-    labels, shapes = zip(*variants(shape), strict=True)
-    say(f"phases, alone and beside transfers: {'; '.join(labels)}")
-    measured, lost = bench_phases.measure(shapes, meshes)
-    for label, variant, times in zip(labels, shapes, measured, strict=True):
-        work = unit_work(Sizes(variant, times.bucket, 1.0), times.pairs)
-        for unit in UNITS:
-            milliseconds = times.figures[unit].milliseconds
-            points[unit].append(
-                {"variant": label, "milliseconds": milliseconds, **dataclasses.asdict(work[unit])}
-            )
+    known = _devices_as_in(units, config) if units else None
+    points, rates, lost = {}, None, {}
+    if not known:
+        say("rates of a product and of a copy")
+        rates, _ = measure_rates(config)
+        points, lost = measure_units(shape, say)
     say("transfers")
     points |= measure_transfers(shape)
     check_network(network)
-    say("optimizer")
-    points["update"] = measure_updates(shape, meshes)
-    devices = jax.devices()
-    peak = peak_flops(config, devices[0].device_kind) or rates.flops
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit", _host_bytes())
+    if not known:
+        say("optimizer")
+        points["update"] = measure_updates(shape, make_meshes(shape))
     # Minutes of measurement, kept also where the fits below fail.
     _write(points_file(out), points)
-    hardware = Hardware(
+    here = dict(
         name=pathlib.Path(out).stem,
-        source="measured",
         comment=(
-            f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}, "
-            f"{time.strftime('%Y-%m-%d')}, around {config.name}. Assumed: host_milliseconds, "
-            "unit_overhead_microseconds, score_efficiency."
+            f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}, "
+            f"{time.strftime('%Y-%m-%d')}, around {config.name}. "
+            + (f"All but transfers: {units}." if known else ASSUMED)
         ),
+        devices_per_node=len(jax.devices()),
+        nics_per_node=len(jax.devices()),
+        intra_node=fit_link(points),
+        inter_node=None,
+        # Beside transfers over another network a unit loses something else.
+        lost_beside_transfers=lost,
+        network=network,
+    )
+    if known:
+        hardware = dataclasses.replace(known, **here)
+    else:
+        hardware = Hardware(**here, **_fitted_devices(config, points, rates))
+    _write(pathlib.Path(out), dataclasses.asdict(hardware))
+    return hardware
+
+
+def _fitted_devices(config: Config, points: dict, rates: Rates) -> dict:
+    """Fields of the hardware that do not depend on the network."""
+    device = jax.devices()[0]
+    peak = peak_flops(config, device.device_kind) or rates.flops
+    limit = (device.memory_stats() or {}).get("bytes_limit", _host_bytes())
+    return dict(
+        source="measured",
         peak_tflops=peak / 1e12,
         product_tflops=rates.flops / 1e12,
         product_efficiency=1.0,
@@ -91,17 +111,40 @@ def profile(config: Config, out: str, network: str, say=print) -> Hardware:
         usable_memory_share=1.0,
         unit_overhead_microseconds=UNIT_OVERHEAD_MICROSECONDS,
         host_milliseconds=HOST_MILLISECONDS,
-        devices_per_node=len(devices),
-        nics_per_node=len(devices),
-        intra_node=fit_link(points),
-        inter_node=None,
         unit_fits=fit_units(points, rates.flops / 1e12),
-        lost_beside_transfers=lost,
-        network=network,
         update_milliseconds_per_gigaparameter=fit_update(points),
     )
-    _write(pathlib.Path(out), dataclasses.asdict(hardware))
-    return hardware
+
+
+def _devices_as_in(name: str, config: Config) -> Hardware:
+    """Hardware to take units from; ConfigError if it is of other devices than those here."""
+    known, kind = load(name), jax.devices()[0].device_kind
+    here = peak_flops(config, kind)
+    if here and here / 1e12 != known.peak_tflops:
+        raise ConfigError(
+            f"--units = {name!r}: peak_tflops = {known.peak_tflops:g} must be {here / 1e12:g}, "
+            f"that of {kind}"
+        )
+    return known
+
+
+def measure_units(shape: Config, say) -> tuple[dict[str, list[dict]], dict[str, float]]:
+    """(points of each unit, in variants of the shape; what units lose beside transfers).
+
+    shape: of one stage and two layers.
+    """
+    labels, shapes = zip(*variants(shape), strict=True)
+    say(f"phases, alone and beside transfers: {'; '.join(labels)}")
+    measured, lost = bench_phases.measure(shapes, make_meshes(shape))
+    points = {unit: [] for unit in UNITS}
+    for label, variant, times in zip(labels, shapes, measured, strict=True):
+        work = unit_work(Sizes(variant, times.bucket, 1.0), times.pairs)
+        for unit in UNITS:
+            milliseconds = times.figures[unit].milliseconds
+            points[unit].append(
+                {"variant": label, "milliseconds": milliseconds, **dataclasses.asdict(work[unit])}
+            )
+    return points, lost
 
 
 def variants(config: Config) -> list[tuple[str, Config]]:
@@ -215,7 +258,7 @@ def summary(hardware: Hardware) -> str:
     return "\n".join(lines)
 
 
-def main(config: Config, out: str, network: str = "default"):
+def main(config: Config, out: str, network: str = "default", units: str | None = None):
     """Measures, prints and writes."""
     config.validate()
     check_predictable(config)
@@ -226,7 +269,7 @@ def main(config: Config, out: str, network: str = "default"):
     def say(what: str):
         print(f"{time.perf_counter() - began:6.0f} s  {what}", flush=True)
 
-    print(summary(profile(config, out, network, say)))
+    print(summary(profile(config, out, network, units, say)))
 
 
 def _one_stage(config: Config) -> Config:
@@ -260,10 +303,11 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "JSON file to write, for --hardware of disag_jax.plan")
     _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
     _NETWORK = flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP)
+    _UNITS = flags.DEFINE_string("units", None, "measure transfers only; take the rest from this")
     flags.mark_flags_as_required(["config", "out"])
 
     def _run():
         runtime.start(_CPU_DEVICES.value, network=_NETWORK.value)
-        main(_CONFIG.value, _OUT.value, _NETWORK.value)
+        main(_CONFIG.value, _OUT.value, _NETWORK.value, _UNITS.value)
 
     cli.run(_run)

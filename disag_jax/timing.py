@@ -9,8 +9,10 @@ import jax
 WARM_UP, REPEATS = 2, 5
 
 # Iterations of a loop on the device of which a time is the difference: what is done once per call
-# drops out.
-FEW, MANY = 2, 10
+# drops out. Where noise is a larger share of the difference than `NOISE`, there are more, up to
+# `MOST` or as many as a call of so many milliseconds has.
+FEW, MANY, MOST = 2, 10, 160
+NOISE, LONGEST_CALL = 0.2, 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +59,24 @@ def time_calls(name: str, call, *, calls: int = 5, wait=jax.block_until_ready, *
 
 def time_iterations(name: str, call) -> Figure:
     """The time of one iteration of a loop on the device; `call(count)` runs `count` of them."""
-    few, many = (time_calls(name, lambda n=n: call(n), calls=2) for n in (FEW, MANY))
-    milliseconds = (many.milliseconds - few.milliseconds) / (MANY - FEW)
-    if milliseconds <= 0:
+    few, count = _time_loop(name, call, FEW), MANY
+    while True:
+        many = _time_loop(name, call, count)
+        difference = many.milliseconds - few.milliseconds
+        spread = few.noise * few.milliseconds + many.noise * many.milliseconds
+        is_clear = spread <= NOISE * difference
+        if is_clear or 4 * count > MOST or 4 * many.milliseconds > LONGEST_CALL:
+            break
+        count *= 4
+    if difference <= 0:
         # Too short to be told from the noise of a call: what it takes at most.
-        return dataclasses.replace(many, milliseconds=many.milliseconds / MANY)
-    spread = (few.noise * few.milliseconds + many.noise * many.milliseconds) / (MANY - FEW)
-    return dataclasses.replace(many, milliseconds=milliseconds, noise=spread / milliseconds)
+        return dataclasses.replace(many, milliseconds=many.milliseconds / count)
+    each = difference / (count - FEW)
+    return dataclasses.replace(many, milliseconds=each, noise=spread / difference)
+
+
+def _time_loop(name: str, call, count: int) -> Figure:
+    return time_calls(name, lambda: call(count), calls=2)
 
 
 def figure_of(name: str, times: list[float], **fields) -> Figure:

@@ -24,6 +24,7 @@ from tests import support
 def test_a_profile_is_measured_written_and_read_back(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_transfer, "SLOT_MIB", (0.01, 4))
     monkeypatch.setattr(timing, "MANY", 4)
+    monkeypatch.setattr(timing, "MOST", 4)
     all_variants = profile.variants
     monkeypatch.setattr(profile, "variants", lambda config: all_variants(config)[:1])
     monkeypatch.setattr(profile, "UPDATE_LAYERS", (1,))
@@ -48,20 +49,57 @@ def test_a_profile_is_measured_written_and_read_back(tmp_path, capsys, monkeypat
     two.split.stages, two.split.attention_workers = 2, 4
     with pytest.raises(ConfigError, match="inter_node = None must be a link"):
         predict(two, measured)
+    # Over another network only the transfers are measured again.
+    other = str(tmp_path / "other.json")
+    profile.main(config, other, "default", out)
+    units_kept = dict(name="other", comment="", intra_node=None, lost_beside_transfers={})
+    again = hardware.load(other)
+    assert out in again.comment and again.intra_node != measured.intra_node
+    assert dataclasses.replace(again, **units_kept) == dataclasses.replace(measured, **units_kept)
+    points = json.loads((tmp_path / "other.points.json").read_text())
+    assert set(points) == {"many_to_many", "all_to_all", "all_reduce"}
+
+
+def pretend_times(monkeypatch, noise):
+    """The calls of `time_iterations` are milliseconds of that noise: their counts, as they come."""
+    counts = []
+
+    def time_calls(name, call, **_):
+        return timing.Figure(name, call(), noise)
+
+    def call_of(milliseconds):
+        def call(count):
+            counts.append(count)
+            return milliseconds(count)
+
+        return call
+
+    monkeypatch.setattr(timing, "time_calls", time_calls)
+    return counts, call_of
 
 
 @pytest.mark.parametrize(("once", "each"), [(5.0, 2.0), (1.0, 0.1)])
 def test_what_is_done_once_per_call_drops_out(monkeypatch, once, each):
-    times = {2: once + 2 * each, 10: once + 10 * each}
-    monkeypatch.setattr(
-        timing, "time_calls", lambda name, call, **_: timing.Figure(name, call(), 0.1)
-    )
-    figure = timing.time_iterations("x", times.get)
+    counts, call_of = pretend_times(monkeypatch, 0.01)
+    figure = timing.time_iterations("x", call_of(lambda count: once + count * each))
+    assert counts == [2, 10]
     assert figure.milliseconds == pytest.approx(each)
     # Each of the two times may be off by its own noise.
-    assert figure.noise * figure.milliseconds == pytest.approx(0.1 * sum(times.values()) / 8)
+    spread = 0.01 * (2 * once + 12 * each) / 8
+    assert figure.noise * figure.milliseconds == pytest.approx(spread)
+
+
+def test_a_loop_is_made_longer_where_its_time_is_lost_in_noise(monkeypatch):
+    counts, call_of = pretend_times(monkeypatch, 0.1)
+    figure = timing.time_iterations("x", call_of(lambda count: 30 + count))
+    assert counts == [2, 10, 40, 160]
+    assert figure.milliseconds == pytest.approx(1)
+    # Not where a call would take long.
+    counts.clear()
+    timing.time_iterations("x", call_of(lambda count: 1000 + count))
+    assert counts == [2, 10]
     # A loop that seems to take no longer for more iterations takes at most the whole call.
-    assert timing.time_iterations("x", lambda count: 3.0).milliseconds == pytest.approx(0.3)
+    assert timing.time_iterations("x", call_of(lambda count: 3.0)).milliseconds == 3.0 / 160
 
 
 def test_variants_are_valid_and_vary_what_units_depend_on():
@@ -92,6 +130,13 @@ def test_an_odd_number_of_devices_is_refused(monkeypatch, tmp_path):
         profile.main(bfloat16(config), str(tmp_path / "none" / "x.json"))
     with pytest.raises(ConfigError, match=r"compute_dtype = float64 must be bfloat16 for a pre"):
         profile.main(support.small_config(SplitConfig()), str(tmp_path / "x.json"))
+
+
+def test_units_of_other_devices_are_not_taken():
+    config = bfloat16(support.small_config(SplitConfig()))
+    config.run.peak_tflops_per_device = 100
+    with pytest.raises(ConfigError, match="--units = 'h100': peak_tflops = 989 must be 100, that"):
+        profile.profile(config, "x.json", "default", "h100")
 
 
 def test_a_link_that_no_line_fits_ends_a_profile_but_keeps_its_points(monkeypatch, tmp_path):
