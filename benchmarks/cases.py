@@ -25,7 +25,7 @@ from disag_jax.errors import RunError
 from disag_jax.flops import flops_per_device
 from disag_jax.geometry import enable_float64, placement_of
 from disag_jax.inputs import load_inputs
-from disag_jax.metrics import peak_memory
+from disag_jax.memory import needed_bytes
 from disag_jax.nccl_log import check_network
 from disag_jax.planner import search
 from disag_jax.planner.hardware import Hardware, load
@@ -51,22 +51,26 @@ class Case:
       name: the split in words; unique in the group.
       placement: "disaggregated" or "colocated".
       predicted_seconds: of a step.
+      predicted_gib: memory of the worker that needs most.
     """
 
     group: str
     name: str
     placement: str
     predicted_seconds: float
+    predicted_gib: float
     config: Config
 
     @classmethod
     def of(cls, group: str, config: Config, hardware: Hardware, **more) -> "Case":
         """The case with its prediction; `more`: what the benchmark adds."""
+        found = predict(config, hardware)
         return cls(
             group=group,
             name=search.in_words(config),
             placement=config.split.placement.value,
-            predicted_seconds=predict(config, hardware).step_seconds,
+            predicted_seconds=found.step_seconds,
+            predicted_gib=max(memory.total for memory in found.memory.values()) / 2**30,
             config=config,
             **more,
         )
@@ -121,6 +125,7 @@ def measure(case: Case, stepper: Stepper) -> dict:
     stepper.check_memory()
     seconds, metrics = run_steps(stepper, WARM_UP + STEPS)
     counts = metrics[-1]["expert_counts"]
+    program = stepper.compiled_program(stepper.chooser.current)
     median = statistics.median(seconds[WARM_UP:])
     speed = config.tokens_per_step / median
     return {
@@ -132,7 +137,8 @@ def measure(case: Case, stepper: Stepper) -> dict:
         "tflops_per_device": flops_per_device(config, speed) / 1e12,
         "losses": [float(of_step["loss"]) for of_step in metrics],
         "expert_load": float(counts.max() / counts.mean()),
-        "peak_memory_gib": max(peak_memory(stepper.meshes).values(), default=None),
+        # By the compiler: the measured peak of a process is that of all its cases.
+        "gib": max(needed_bytes(stepper.manager, program).values()) / 2**30,
     }
 
 

@@ -152,14 +152,13 @@ def table(results: list[dict]) -> rich.table.Table:
         "predicted",
         "tokens/s",
         "TFLOP/s a GPU",
-        "GiB",
+        "GiB, predicted",
         "expert load",
         "last loss",
     )
     for name in names:
         made.add_column(name, justify="left" if name in names[:2] else "right")
     for r in results:
-        peak = r["peak_memory_gib"]
         made.add_row(
             r["group"],
             r["name"] + (" <- pick" if r["is_pick"] else ""),
@@ -167,7 +166,7 @@ def table(results: list[dict]) -> rich.table.Table:
             f"{r['predicted_seconds']:.3f} ({r['predicted_seconds'] / r['seconds'] - 1:+.0%})",
             f"{r['tokens_per_second']:,.0f}",
             f"{r['tflops_per_device']:.3g}",
-            "" if peak is None else f"{peak:.1f}",
+            f"{r['gib']:.1f}, {r['predicted_gib']:.1f}",
             f"{r['expert_load']:.2f}",
             f"{r['losses'][-1]:.4f}",
         )

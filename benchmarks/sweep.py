@@ -222,7 +222,10 @@ def check(results: list[dict], tolerance: float) -> list[str]:
 def table(results: list[dict]) -> rich.table.Table:
     """The results, each cell's winners marked."""
     made = rich.table.Table(title="AF-Pipe and its twins")
-    names = ("cell", "way", "split", "s", "predicted", "comm/comp", "AF/best twin, predicted")
+    names = (
+        "cell", "way", "split", "s", "predicted", "GiB, predicted", "comm/comp",
+        "AF/best twin, predicted",
+    )  # fmt: skip
     for name in names:
         made.add_column(name, justify="left" if name in names[:3] else "right")
     by_name = {one.name: one for one in outcomes(results)}
@@ -241,6 +244,7 @@ def table(results: list[dict]) -> rich.table.Table:
             r["name"],
             f"{r['seconds']:.3f}",
             f"{r['predicted_seconds']:.3f} ({r['predicted_seconds'] / r['seconds'] - 1:+.0%})",
+            f"{r['gib']:.1f}, {r['predicted_gib']:.1f}",
             f"{r['communication_over_compute']:.2f}",
             speed,
         )

@@ -19,7 +19,7 @@ H100 = hardware.load("h100")
 
 def case(number):
     config = balanced.get_config()
-    return Case(f"group {number // 2}", f"split {number}", "disaggregated", 1.0, config)
+    return Case(f"group {number // 2}", f"split {number}", "disaggregated", 1.0, 60.0, config)
 
 
 @pytest.fixture

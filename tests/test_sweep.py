@@ -81,7 +81,7 @@ def cell(length, ours, twins, predicted, ratio=0.1):
             "placement": "disaggregated" if way == sweep.AF_PIPE else "colocated",
             "sequence_length": length, "expert_width": 704, "top_k": 2,
             "communication_over_compute": ratio, "seconds": seconds, "is_own": False,
-            "predicted_seconds": expected, "losses": [3.0, 2.0],
+            "predicted_seconds": expected, "gib": 8.0, "predicted_gib": 8.1, "losses": [3.0, 2.0],
         }
         for way, seconds, expected in zip(WAYS, (ours, *twins), predicted, strict=True)
     ]  # fmt: skip
@@ -195,7 +195,8 @@ def test_a_cell_on_simulated_devices_is_measured_and_gone_on_with(tmp_path):
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True)
     results = json.loads(out.read_text())
-    assert [r["way"] for r in results] == WAYS and (tmp_path / "sweep.png").exists()
+    # The cell of the config, and the one of the flags.
+    assert [r["way"] for r in results] == 2 * WAYS and (tmp_path / "sweep.png").exists()
     # A simulated device is no H100: the claims need not hold, but the losses must agree.
     assert run.returncode in (0, 1) and "differ" not in run.stderr
     again = subprocess.run(command, capture_output=True, text=True)
