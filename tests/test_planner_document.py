@@ -1,6 +1,7 @@
 """docs/planner.md says what the code assumes and predicts."""
 
 import dataclasses
+import json
 import pathlib
 import re
 
@@ -14,7 +15,8 @@ from disag_jax.planner.prediction import assumed_load_factor, predict
 from disag_jax.planner.sizes import Sizes
 from mesh.roles import Role
 
-DOCUMENT = (pathlib.Path(__file__).parents[1] / "docs" / "planner.md").read_text(encoding="utf-8")
+ROOT = pathlib.Path(__file__).parents[1]
+DOCUMENT = (ROOT / "docs" / "planner.md").read_text(encoding="utf-8")
 SHEETS = [one for one in map(hardware.load, hardware.known()) if one.source == "datasheet"]
 
 
@@ -92,25 +94,35 @@ def test_passes_over_memory_are_those_of_the_units(recompute):
 
 def test_predictions_beside_measurements_are_those_of_the_code():
     text = section("Against measurement")
-    config, profile = balanced.get_config(), hardware.load("h100x2_nvlink")
-    config.run.recompute = Recompute.FULL
-    sheet, measured = (predict(config, one) for one in (hardware.load("h100"), profile))
-    (step,) = re.findall(r"\| (1,\d+) ms \(`bench step`\)", text)
-    step = float(step.replace(",", ""))
-    figures = " | ".join(
-        f"{1e3 * one.step_seconds:,.0f} ms ({1e3 * one.step_seconds / step - 1:+.1%})"
-        for one in (sheet, measured)
-    )
-    assert f"| step | {figures} |" in text
-    updates = " | ".join(
-        f"{1e3 * one.outside_loop['optimizer']:.0f} ms" for one in (sheet, measured)
-    )
-    assert f"| update, of it | {updates} |" in text
-    memory = " / ".join(f"{one.total / 2**30:.1f}" for one in sheet.memory.values())
-    assert f"| {memory} GiB | the same |" in text
-    twin = predict(twin_of(config), profile)
-    (seconds,) = re.findall(r"took (\d\.\d+) s and 35.5 GiB", text)
-    assert (
-        f"profile {twin.step_seconds:.3f} s ({twin.step_seconds / float(seconds) - 1:+.1%}) and "
-        f"{twin.memory['worker'].total / 2**30:.1f} GiB are predicted"
-    ) in text
+    profile, sheet = hardware.load("h100x2_nvlink"), hardware.load("h100")
+    rows = re.findall(r"\| (AF-Pipe|twin) \| (\d+) x (\d+),(\d+) \| (\d\.\d+) s \|.*", text)
+    assert len(rows) == 4
+    for placement, _, thousands, tokens, seconds in rows:
+        config, tokens = balanced.get_config(), 1000 * int(thousands) + int(tokens)
+        of_worker = config.batch.tokens_per_worker * config.batch.micro_batches
+        config.batch.tokens_per_worker = tokens
+        config.batch.micro_batches = of_worker // tokens
+        config = twin_of(config.validate()) if placement == "twin" else config.validate()
+        found = [predict(config, one) for one in (profile, sheet)]
+        predicted = " | ".join(
+            f"{one.step_seconds:.3f} s ({one.step_seconds / float(seconds) - 1:+.1%})"
+            for one in found
+        )
+        batch = f"{config.batch.micro_batches} x {tokens:,}"
+        row = f"| {placement} | {batch} | {seconds} s | {predicted} |"
+        memory = " / ".join(f"{one.total / 2**30:.1f}" for one in found[0].memory.values())
+        (line,) = (line for line in text.splitlines() if line.startswith(row))
+        assert line.endswith(f" | {memory} |")
+
+
+def test_the_cells_of_the_sweep_are_those_that_were_measured():
+    """The predictions in the file are checked in tests/test_planner_prediction.py."""
+    text = section("Against measurement")
+    results = json.loads((ROOT / "benchmarks" / "results" / "sweep_nvlink.json").read_text())
+    for r in results:
+        cell = f"{r['sequence_length']}, {r['expert_width']}, {r['top_k']}"
+        error = r["predicted_seconds"] / r["seconds"] - 1
+        assert (
+            f"| {cell} | {r['way']} | {r['seconds']:.3f} s | {r['predicted_seconds']:.3f} s "
+            f"({error:+.1%}) |"
+        ) in text

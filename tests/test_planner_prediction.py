@@ -2,11 +2,14 @@
 
 import copy
 import dataclasses
+import json
+import pathlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import cases, sweep
 from configs import balanced
 from disag_jax.compare import twin_of
 from disag_jax.config import Overlap, PlacementKind, Recompute, SplitConfig
@@ -22,6 +25,7 @@ from disag_jax.planner.prediction import (
 )
 from disag_jax.planner.sizes import Sizes
 
+RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 H100 = hardware.load("h100")
 COLOCATED = PlacementKind.COLOCATED
 
@@ -53,26 +57,44 @@ def test_data_sheet_units_are_near_the_measured_ones():
         assert 1e3 * units[name] == pytest.approx(measured, rel=0.25), name
 
 
-# `bench step` of the same shape on another such machine on the same day.
-MEASURED_STEP_MS, MEASURED_UPDATE_MS = 1227.3, 43.4
+def measured_with(placement: str):
+    """What `compare` measured over NVLink (benchmarks/results): (config, its results)."""
+    kept = json.loads((RESULTS / "compare_nvlink.json").read_text())
+    (found,) = (m for m in kept["measurements"] if m["placement"] == placement)
+    config = balanced.get_config()
+    assert found["tokens_per_worker"] == config.batch.tokens_per_worker
+    return twin_of(config) if placement == COLOCATED.value else config, found
 
 
-def test_the_measured_profile_predicts_the_measured_step():
-    found = predict(as_measured(), hardware.load("h100x2_nvlink"))
-    assert 1e3 * found.step_seconds == pytest.approx(MEASURED_STEP_MS, rel=0.1)
-    assert 1e3 * found.outside_loop["optimizer"] == pytest.approx(MEASURED_UPDATE_MS, rel=0.1)
-    sheet = predict(as_measured(), H100)
-    assert 1e3 * sheet.step_seconds == pytest.approx(MEASURED_STEP_MS, rel=0.1)
+@pytest.mark.parametrize("placement", [PlacementKind.DISAGGREGATED, COLOCATED])
+def test_the_measured_profile_predicts_the_measured_step(placement):
+    config, measured = measured_with(placement.value)
+    found = predict(config, hardware.load("h100x2_nvlink"))
+    assert found.step_seconds == pytest.approx(measured["step_seconds"], rel=0.05)
+    peaks = measured["peak_memory_gib"]
+    for kind, memory in found.memory.items():
+        role = kind.removesuffix(" worker")
+        (peak,) = {round(gib, 2) for name, gib in peaks.items() if role in name}
+        assert memory.total / 2**30 == pytest.approx(peak, rel=0.05), kind
+    sheet = predict(config, H100)
+    assert sheet.step_seconds == pytest.approx(measured["step_seconds"], rel=0.11)
 
 
-# `compare` of the same shape on another such pair on the same day: seconds, and the peak in GiB.
-MEASURED_TWIN_SECONDS, MEASURED_TWIN_GIB = 1.183, 35.5
-
-
-def test_the_measured_profile_predicts_the_measured_twin():
-    found = predict(twin_of(as_measured()), hardware.load("h100x2_nvlink"))
-    assert found.step_seconds == pytest.approx(MEASURED_TWIN_SECONDS, rel=0.05)
-    assert found.memory["worker"].total / 2**30 == pytest.approx(MEASURED_TWIN_GIB, rel=0.05)
+def test_the_measured_profile_predicts_the_cells_that_were_measured():
+    """Shapes, and ways to overlap, that the profile does not contain."""
+    kept = json.loads((RESULTS / "sweep_nvlink.json").read_text())
+    profile = cases.hardware_here("h100x2_nvlink", 2, "default")
+    base = balanced.get_config()
+    base.model.num_layers = 2
+    cells = {(r["sequence_length"], r["expert_width"], r["top_k"]) for r in kept}
+    found = {}
+    for cell in cells:
+        made, _ = sweep.sweep_cases(base, profile, 2, *([value] for value in cell))
+        found |= {(case.group, case.way): case.predicted_seconds for case in made}
+    for result in kept:
+        predicted = found[result["group"], result["way"]]
+        assert predicted == pytest.approx(result["predicted_seconds"], rel=1e-6)
+        assert predicted == pytest.approx(result["seconds"], rel=0.1)
 
 
 @st.composite

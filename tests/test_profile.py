@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from disag_jax.errors import RunError
 from disag_jax.geometry import buckets
 from disag_jax.planner import hardware
 from disag_jax.planner.costs import Work
-from disag_jax.planner.fits import fit_link, fit_transfer, fit_unit, fit_units, fit_update
+from disag_jax.planner.fits import fit_transfer, fit_unit, fit_update
 from disag_jax.planner.prediction import predict
 from tests import support
 
@@ -197,17 +196,3 @@ def test_noise_shows_in_r_squared():
     bent = fit_unit(list(zip(work, (1e-3, 3e-3, 2e-3), strict=True)), 2000)
     assert straight.r_squared == pytest.approx(1)
     assert bent.r_squared < 0.7
-
-
-def test_the_measured_profile_follows_from_its_points():
-    kept = hardware.load("h100x2_nvlink")
-    file = pathlib.Path(__file__).parents[1] / "benchmarks" / "h100x2_nvlink.points.json"
-    points = json.loads(file.read_text())
-    for unit, fit in fit_units(points, kept.product_tflops).items():
-        ours, theirs = (dataclasses.astuple(f) for f in (fit, kept.unit_fits[unit]))
-        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9), unit
-    assert fit_update(points) == pytest.approx(kept.update_milliseconds_per_gigaparameter)
-    link = fit_link(points).many_to_many
-    assert link.gigabytes_per_second == pytest.approx(
-        kept.intra_node.many_to_many.gigabytes_per_second
-    )
