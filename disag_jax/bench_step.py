@@ -1,7 +1,7 @@
 """Time of an optimizer step against its work bound.
 
 The work bound is what the slower role computes, and nothing else: the larger over the roles of
-K * v * (forward + backward) + its share of the losses, over 1 - idle share, from the units' times
+K * v * (forward + backward) + its part of the losses, over 1 - idle share, from the units' times
 on one device of the same machine. Transfers, reductions, the optimizer and imbalance are not in it.
 """
 
@@ -13,8 +13,10 @@ import jax
 from disag_jax.bench_units import measure_rates, measure_units
 from disag_jax.config import Config
 from disag_jax.flops import flops_per_device
+from disag_jax.geometry import placement_of
 from disag_jax.inputs import load_inputs
 from disag_jax.metrics import peak_memory
+from disag_jax.shared_loss import tokens_of_workers
 from disag_jax.step import Stepper
 from disag_jax.timing import Figure, figure_of
 from disag_jax.training import make_meshes
@@ -70,10 +72,17 @@ def run_steps(
 def work_bound(config: Config, idle_share: float, units: list[Figure]) -> float:
     """Milliseconds of a step that nothing but the slower role's units take."""
     ms = {figure.name: figure.milliseconds for figure in units}
-    loss = ms["loss, share of a worker"]
     attention, expert = (
-        ms[f"{role} forward"] + ms[f"{role} backward"] for role in ("attention", "expert")
+        config.layers_per_stage * (ms[f"{role} forward"] + ms[f"{role} backward"])
+        for role in ("attention", "expert")
     )
-    layer = attention + expert if config.split.colocated else max(attention, expert)
-    work = config.batch.micro_batches * (config.layers_per_stage * layer + loss)
-    return work / (1 - idle_share)
+    own, _, tokens = tokens_of_workers(
+        config.batch.tokens_per_worker, config.split.loss_share, placement_of(config)
+    )
+    loss = ms["loss, share of a worker"]  # of an owner, which is an attention worker
+    helping = loss * tokens / own
+    if config.split.colocated:
+        work = attention + expert + max(loss, helping)
+    else:
+        work = max(attention + loss, expert + helping)
+    return config.batch.micro_batches * work / (1 - idle_share)

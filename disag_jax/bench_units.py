@@ -145,7 +145,7 @@ class _UnitBench:
             for p in (self.attention_params, self.expert.module.params)
         )
         rows, wide = g.M * g.C * g.D, 2 * np.dtype(g.wide_dtype).itemsize
-        tokens = SharedLoss(g).share_tokens
+        tokens = SharedLoss(g).own_tokens
         head = model.vocab_size * g.D
         # Forward reads weights and rows and writes rows; backward also reads and writes sums.
         return {
@@ -212,9 +212,9 @@ class _UnitBench:
 
 
 def loss_call(geometry: Geometry):
-    """A call that runs a worker's share of a micro-batch's loss, forward and backward."""
+    """A call that runs an owner's part of a micro-batch's loss, forward and backward."""
     g, config = geometry, geometry.config
-    tokens, vocab_size = SharedLoss(g).share_tokens, config.model.vocab_size
+    tokens, vocab_size = SharedLoss(g).own_tokens, config.model.vocab_size
     weights = 0.02 * _draw(g, 2, vocab_size, g.D)
     head = HeadParams(jnp.ones((g.D,), g.compute_dtype), weights)
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, g.wide_dtype), head)

@@ -81,6 +81,7 @@ def twin_of(config: Config, expert_workers: int | None = None, **overlap) -> Con
         split,
         placement=PlacementKind.COLOCATED,
         hop=1,
+        loss_share=None,
         attention_workers=workers,
         expert_workers=expert_workers or max(n for n in divisors if n <= config.model.num_experts),
         **overlap,

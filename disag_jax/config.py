@@ -133,6 +133,9 @@ class SplitConfig:
         chunks, at start-up.
       forward_chunks, backward_chunks: with overlap = chunked, into how many parts a micro-batch's
         tokens are cut in the forward and in the backward phase.
+      loss_share: the part of its tokens' loss that an attention worker of the last stage computes;
+        other workers of the pipeline compute the rest. None divides it equally. Where experts set
+        the pace, more than that ends sooner.
     """
 
     replicas: int = 1
@@ -145,6 +148,7 @@ class SplitConfig:
     overlap: Overlap = Overlap.NONE
     forward_chunks: int = 1
     backward_chunks: int = 1
+    loss_share: float | None = None
 
     @property
     def colocated(self) -> bool:
@@ -488,6 +492,9 @@ class Config:
         peak = self.run.peak_tflops_per_device
         if peak is not None:
             require(peak > 0, "run.peak_tflops_per_device", peak, "greater than 0, or None")
+        share = self.split.loss_share
+        if share is not None:
+            require(0 < share <= 1, "split.loss_share", share, "above 0 and at most 1, or None")
         factor = self.run.straggler_factor
         require(factor > 1, "run.straggler_factor", factor, "greater than 1")
         require(self.split.hop in (1, 2), "split.hop", self.split.hop, "1 or 2")

@@ -129,7 +129,7 @@ def _loss_bytes(config: Config) -> dict[str, int]:
     """Bytes of a step between an owner of losses and a worker that it gives a share of each."""
     geometry = make_geometry(config, buckets(config)[0])
     shared, losses = SharedLoss(geometry), config.batch.micro_batches
-    if shared.is_local:
+    if not shared.helpers:
         return {}
     gradient = shared.share_tokens * geometry.D * geometry.compute_dtype.itemsize
     return {

@@ -202,7 +202,8 @@ class Phases:
         @jax.named_scope("loss")
         def due(nll):
             h_TD, labels_T = self._finished(inbox), self.labels_KT[micro_batch]
-            return (nll + self.shared_loss.loss(self.weights.head, h_TD, labels_T),)
+            share = self.shared_loss.loss(self.weights.head, h_TD, labels_T, self._owns_loss)
+            return (nll + share,)
 
         (nll,) = update_if(micro_batch != IDLE, due, stats.nll)
         return stats._replace(nll=nll)
@@ -302,14 +303,18 @@ class Phases:
             self.weights.head,
             self._finished(inbox),
             self.labels_KT[micro_batch],
+            self._owns_loss,
             self.loss_scale,
             head,
         )
-        is_owner = self.me.plays[Role.ATTENTION] & (self.me.stage == self.shared_loss.owner_stage)
         (outbox,) = update_if(
-            is_owner, lambda outbox: (self._send_back(inbox, outbox, dh_TD),), outbox
+            self._owns_loss, lambda outbox: (self._send_back(inbox, outbox, dh_TD),), outbox
         )
         return outbox, head, nll + share
+
+    @property
+    def _owns_loss(self):
+        return self.me.plays[Role.ATTENTION] & (self.me.stage == self.shared_loss.owner_stage)
 
 
 def add_sorted(stats: Stats, unit: ExpertUnit, needed) -> Stats:

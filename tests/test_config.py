@@ -91,6 +91,8 @@ RANGES = [
     ("split.hop", 0, "1 or 2"),
     ("split.hop", 3, "1 or 2"),
     ("split.bucket_factors", (1.25, 0.5), "at least 1"),
+    ("split.loss_share", 0.0, "above 0 and at most 1"),
+    ("split.loss_share", 1.01, "above 0 and at most 1"),
     ("data.held_out_fraction", 0.0, "between 0 and 1"),
     ("data.held_out_fraction", 1.0, "between 0 and 1"),
     ("data.weights", (1.0,), "empty without data.sources"),

@@ -58,6 +58,9 @@ SPLITS = {
     "2-2-2 one wave": (split(2, 2, 2), 4, {}),
     "two replicas": (split(2, 1, 1, replicas=2), 2, {}),
     "two replicas, uneven": (split(1, 1, 3, replicas=2), 2, {"num_shared_experts": 1}),
+    "more of the loss at its owner": (split(1, 1, 1, loss_share=0.7), 3, {}),
+    "less of the loss at its owner": (split(2, 1, 3, loss_share=0.1), 5, {"num_layers": 3}),
+    "all of the loss at its owner": (split(1, 2, 2, loss_share=1.0), 2, {}),
     "hop 2, 1-2-1": (split(1, 2, 1, hop=2), 6, {}),
     "hop 2, 2-1-3": (split(2, 1, 3, hop=2), 9, {"num_layers": 3}),
 }

@@ -75,7 +75,7 @@ def test_our_own_table_run_forward_takes_what_megascale_infer_says(equal, share,
     )  # fmt: skip
     assert forward.forward.sum() == table.forward.sum()
     unit, none = np.full(2, equal), np.zeros(2)
-    timing = Timing(unit, unit, none, none, transfer, transfer, 1, 0.0, True)
+    timing = Timing(unit, unit, none, none, transfer, transfer, 1, none, None, 0.0)
     formula = megascale_infer_seconds(equal, equal, transfer, m, num_layers)
     # The table ends with the last unit, the formula with its message's way back.
     assert execute(forward, timing).seconds == pytest.approx(formula - transfer)

@@ -67,7 +67,7 @@ def test_a_blocking_step_is_its_work_and_its_bubble():
     config = paper_checks.baseline(paper_checks.model("DeepSeek-MoE", 4096))
     layer, costs = layer_of(config, h800), Costs(Sizes.of(config), h800)
     pair = layer.forward(Overlap.BLOCKING) + layer.backward(Overlap.BLOCKING)
-    work = 32 * (4 * pair + costs.unit_seconds["loss"] + costs.loss_transfer)
+    work = 32 * (4 * pair + costs.unit_seconds["loss"] + 2 * costs.loss_transfer)
     bubble = 7 * (pair + 2 * costs.forward_transfer)
     step = shared_step_seconds(config, h800, Overlap.BLOCKING)
     assert step == pytest.approx(work + bubble + sum(costs.outside_loop.values()))

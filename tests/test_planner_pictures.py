@@ -11,6 +11,7 @@ from disag_jax import plan
 from disag_jax.config import PlacementKind, Recompute, SplitConfig
 from disag_jax.errors import ConfigError
 from disag_jax.planner import hardware, pictures
+from disag_jax.planner.loss_shares import with_share
 from disag_jax.planner.prediction import predict
 from disag_jax.planner.search import Fixed, candidates, fastest_of_ratios, search
 
@@ -66,17 +67,27 @@ def test_ratios_are_those_that_fit_under_the_load_that_was_given():
         predict(one, device, 1.5)
         for one in candidates(config, 6, PlacementKind.DISAGGREGATED, fixed)
     ]
-    fitting = {}
+    fitting, least = {}, {}
     for one in tried:
         if one.fits:
-            split = one.config.split
-            point = split.attention_workers / 6, 1e6 / one.tokens_per_second
-            fitting.setdefault(f"hop {split.hop}", []).append(point)
+            split, chunk = one.config.split, config.run.loss_chunk
+            shares = (chunks * chunk / tokens for chunks in range(1, tokens // chunk + 1))
+            unequal = (predict(with_share(one.config, share), device, 1.5) for share in shares)
+            for points, speeds in (
+                (fitting, [one.tokens_per_second]),
+                (least, [other.tokens_per_second for other in (one, *unequal)]),
+            ):
+                point = split.attention_workers / 6, 1e6 / max(speeds)
+                points.setdefault(f"hop {split.hop}", []).append(point)
     assert 0 < sum(map(len, fitting.values())) < len(tried)
     drawn = drawn_ratios(axes)
     assert drawn.keys() == fitting.keys()
-    for hop, points in fitting.items():
-        np.testing.assert_allclose(drawn[hop], sorted(points))
+    for hop in fitting:
+        # With the share of the loss that is best, or nearly.
+        slowest, fastest = (np.array(sorted(points[hop])) for points in (fitting, least))
+        np.testing.assert_allclose(np.array(drawn[hop])[:, 0], slowest[:, 0])
+        assert (np.array(drawn[hop]) <= slowest * (1 + 1e-9)).all()
+        np.testing.assert_allclose(drawn[hop], fastest, rtol=0.01)
 
 
 def test_ratios_of_a_pick_under_whose_recomputing_and_batch_few_fit():

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import cases, sweep
 from configs import balanced
 from disag_jax.compare import twin_of
 from disag_jax.config import Overlap, PlacementKind, Recompute, SplitConfig
@@ -78,23 +77,6 @@ def test_the_measured_profile_predicts_the_measured_step(placement):
         assert memory.total / 2**30 == pytest.approx(peak, rel=0.05), kind
     sheet = predict(config, H100)
     assert sheet.step_seconds == pytest.approx(measured["step_seconds"], rel=0.11)
-
-
-def test_the_measured_profile_predicts_the_cells_that_were_measured():
-    """Shapes, and ways to overlap, that the profile does not contain."""
-    kept = json.loads((RESULTS / "sweep_nvlink.json").read_text())
-    profile = cases.hardware_here("h100x2_nvlink", 2, "default")
-    base = balanced.get_config()
-    base.model.num_layers = 2
-    cells = {(r["sequence_length"], r["expert_width"], r["top_k"]) for r in kept}
-    found = {}
-    for cell in cells:
-        made, _ = sweep.sweep_cases(base, profile, 2, *([value] for value in cell))
-        found |= {(case.group, case.way): case.predicted_seconds for case in made}
-    for result in kept:
-        predicted = found[result["group"], result["way"]]
-        assert predicted == pytest.approx(result["predicted_seconds"], rel=1e-6)
-        assert predicted == pytest.approx(result["seconds"], rel=0.1)
 
 
 @st.composite

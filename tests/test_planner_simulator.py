@@ -39,9 +39,11 @@ def make_timing(rng, num_classes, rounds, colocated=False) -> Timing:
         idle = rng.uniform(0, 0.5, (2, num_classes)) if colocated else np.zeros((2, num_classes))
         return PhaseSeconds(*rng.uniform(1, 3, (2, num_classes)), *idle)
 
-    f, b, loss = rng.uniform(0, 2, 3)
+    f, b, loss_transfer = rng.uniform(0, 2, 3)
+    loss = rng.uniform(0, 2, num_classes)
+    owner = rng.choice([None, *range(num_classes)])
     in_turns, cool_down = (phases() if colocated and rng.random() < 0.5 else None for _ in range(2))
-    return Timing(*phases(), f, b, rounds, loss, True, in_turns, cool_down)
+    return Timing(*phases(), f, b, rounds, loss, owner, loss_transfer, in_turns, cool_down)
 
 
 @settings(max_examples=60)
@@ -57,6 +59,21 @@ def test_table_is_the_schedules(size):
     assert (table.loss == (schedule.loss != IDLE)).all()
     assert list(table.segments) == schedule.segments
     assert simulator.stash_slots(*size) == schedule.stash_slots
+
+
+def after_loss(now: dict, timing: Timing, class_of) -> dict:
+    """The workers' clocks after a loss."""
+    parts = {worker: timing.loss[class_of(worker)] for worker in now}
+    if timing.loss_owner is None:
+        return {worker: now[worker] + parts[worker] for worker in now}
+    owners = [worker for worker in now if class_of(worker) == timing.loss_owner]
+    ends = []
+    for worker in now:
+        begun = now[worker]
+        if worker not in owners:
+            begun = max(begun, *(now[owner] + timing.loss_transfer for owner in owners))
+        ends.append(begun + parts[worker])
+    return dict.fromkeys(now, max(ends) + timing.loss_transfer)
 
 
 def event_loop(schedule, timing: Timing, placement: Placement, backward_hop=None) -> float:
@@ -137,7 +154,7 @@ def event_loop(schedule, timing: Timing, placement: Placement, backward_hop=None
                     sent = transfer(sent, timing.backward_transfer)
                 now = {w: max(now[w] + forward[w] + backward[w], sent[w]) for w in workers}
             if schedule.loss[t] != IDLE:
-                now = dict.fromkeys(workers, max(now.values()) + timing.loss)
+                now = after_loss(now, timing, class_of)
     return max(now.values())
 
 
@@ -211,11 +228,14 @@ def test_a_hand_made_step():
     # transfer, experts' backward 4, transfer, attention's backward 6.
     timing = Timing(
         np.array([2.0, 3.0]), np.array([6.0, 4.0]), np.zeros(2), np.zeros(2),
-        forward_transfer=1.0, backward_transfer=0.5, rounds=1, loss=5.0, loss_waits=True,
+        forward_transfer=1.0, backward_transfer=0.5, rounds=1, loss=np.array([5.0, 4.0]),
+        loss_owner=0, loss_transfer=2.0,
     )  # fmt: skip
     run = simulator.simulate(timing, 1, 1, 1, 1, colocated=False)
-    # The loss's period also has both transfers, which nothing needs but the loop waits for.
-    assert run.seconds == pytest.approx(2 + 1 + 3 + 1 + (0.5 + 5) + 0.5 + 4 + 0.5 + 6)
+    # The loss's period also has both transfers, which nothing needs but the loop waits for. The
+    # experts get tokens after 2, have their gradients after 4, and those arrive after 2.
+    loss = 2 + 4 + 2
+    assert run.seconds == pytest.approx(2 + 1 + 3 + 1 + (0.5 + loss) + 0.5 + 4 + 0.5 + 6)
 
 
 def test_both_transfers_of_phases_in_turns_wait_for_the_neighbours():

@@ -16,6 +16,7 @@ from disag_jax.planner.roofline import expected_copies
 from disag_jax.planner.sizes import Sizes, expert_parameters, half_full_tiles
 from disag_jax.planner.topology import StageLinks
 from disag_jax.reduction import sums_rows_early
+from disag_jax.shared_loss import tokens_of_workers
 from mesh.roles import Role
 
 # Score products of the fused backward pass, which makes the scores anew, over those of the forward
@@ -85,7 +86,7 @@ def unit_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
             17 * hidden + 4 * heads + 8 * slots + sums + 2 * attention_kept,
         ),
         **expert_work(sizes, pairs),
-        "loss": _loss_work(sizes),
+        "loss": loss_work(sizes, loss_tokens(sizes)[0]),
     }  # fmt: skip
 
 
@@ -127,10 +128,11 @@ def expert_work(sizes: Sizes, pairs: float | None = None) -> dict[str, Work]:
     }  # fmt: skip
 
 
-def _loss_work(sizes: Sizes) -> Work:
-    """Head and cross-entropy of a worker's share of the tokens, forward and backward."""
+def loss_work(sizes: Sizes, tokens: int) -> Work:
+    """Head and cross-entropy of some of a micro-batch's tokens, forward and backward."""
+    if not tokens:
+        return Work(0, 0, 0)
     config, model = sizes.config, sizes.config.model
-    tokens = loss_share(sizes)
     head = model.vocab_size * model.d_model
     # The last chunk is filled up, and all its rows are computed (layers/head.py).
     chunk = min(tokens, config.run.loss_chunk)
@@ -143,11 +145,12 @@ def _loss_work(sizes: Sizes) -> Work:
     return Work(FORWARD_AND_BACKWARD * 2 * rows * head, 0, logits + sums)
 
 
-def loss_share(sizes: Sizes) -> int:
-    """Tokens of a micro-batch's loss that one worker computes."""
-    placement = sizes.placement
-    shares = placement.workers // placement.attention_workers
-    return -(-sizes.config.batch.tokens_per_worker // shares)
+def loss_tokens(sizes: Sizes) -> tuple[int, int, int]:
+    """(tokens of a micro-batch's loss that its owner computes, helpers, tokens of each)."""
+    config = sizes.config
+    return tokens_of_workers(
+        config.batch.tokens_per_worker, config.split.loss_share, sizes.placement
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +176,7 @@ class Costs:
 
     @functools.cached_property
     def unit_seconds(self) -> dict[str, float]:
-        """Seconds of each unit, of all its chunks, and of the loss share, by `hardware.UNITS`."""
+        """Seconds of each unit, of all its chunks, and of the owner's loss, by `hardware.UNITS`."""
         degrees = self.chunks
         return {
             name: degrees[name] * self.expert_seconds(name, degrees[name])
@@ -181,6 +184,12 @@ class Costs:
             else self._seconds(name, work)
             for name, work in unit_work(self.sizes).items()
         }
+
+    @property
+    def helper_loss(self) -> float:
+        """Seconds of the loss of those tokens that a helper computes; without one 0."""
+        _, helpers, tokens = loss_tokens(self.sizes)
+        return self._seconds("loss", loss_work(self.sizes, tokens)) if helpers else 0.0
 
     @property
     def chunks(self) -> dict[str, int]:
@@ -267,13 +276,12 @@ class Costs:
 
     @property
     def loss_transfer(self) -> float:
-        """Scattering the last hidden states over the shares, and gathering their gradients."""
-        placement = self.sizes.placement
-        shares = placement.workers // placement.attention_workers
-        if shares == 1:
+        """Scattering last hidden states over the helpers, or gathering their gradients."""
+        _, helpers, tokens = loss_tokens(self.sizes)
+        if not helpers:
             return 0.0
-        share = loss_share(self.sizes) * self.config.model.d_model * self.sizes.item_bytes
-        return 2 * self.links.pipeline.many_to_many.seconds(shares * share, shares)
+        share = tokens * self.config.model.d_model * self.sizes.item_bytes
+        return self.links.pipeline.many_to_many.seconds(helpers * share, helpers)
 
     @property
     def gather_weights(self) -> float:

@@ -27,7 +27,8 @@ def lower_bound(
         backwards = sum(s.num_periods for s in segments if s.has_backward)
         moves = periods * timing.forward_transfer + backwards * timing.backward_transfer
         seconds = np.maximum(work, moves)
-    return float(seconds.max()) + micro_batches * timing.loss
+    transfer = 0.0 if timing.loss_owner is None else timing.loss_transfer
+    return float((seconds + micro_batches * (timing.loss + transfer)).max())
 
 
 def _hides_transfers(timing: Timing, segment: Segment) -> bool:

@@ -249,7 +249,7 @@ def bubble() -> Claim:
     timing = timing_of(costs, free_transfers=True)
     forward, backward = timing.forward.mean(), timing.backward.mean()
     even = dataclasses.replace(
-        timing, loss=0.0, forward=0 * timing.forward + forward,
+        timing, loss=0 * timing.loss, forward=0 * timing.forward + forward,
         backward=0 * timing.backward + backward,
     )  # fmt: skip
     layers, rows = config.model.num_layers, -(-config.model.num_layers // STAGES)

@@ -1,6 +1,7 @@
 """What a step of a config will take on some hardware: time, where it goes, memory."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -182,13 +183,15 @@ def simulate_step(costs: Costs, *, free_transfers: bool = False, shorten: bool =
 def timing_of(costs: Costs, *, free_transfers: bool = False) -> Timing:
     """What the simulator needs, by class of workers."""
     placement, units = placement_of(costs.config), costs.unit_seconds
+    losses, classes = _losses(costs), _classes(costs)
     share = 0.0 if free_transfers else 1.0
     shared = dict(
         forward_transfer=share * costs.forward_transfer,
         backward_transfer=share * costs.backward_transfer,
         rounds=1 if placement.colocated else placement.rounds,
-        loss=units["loss"] + share * costs.loss_transfer,
-        loss_waits=placement.workers > placement.attention_workers,
+        loss=np.array([losses[one] for one in classes]),
+        loss_owner=classes.index(_owner(costs)) if costs.helper_loss else None,
+        loss_transfer=share * costs.loss_transfer,
     )
     if not placement.colocated:
         forward, backward = (
@@ -209,6 +212,26 @@ def timing_of(costs: Costs, *, free_transfers: bool = False) -> Timing:
     )
 
 
+def _classes(costs: Costs) -> list[tuple[int, str]]:
+    """(stage, kind) of the simulator's classes of workers, in its order."""
+    split = costs.config.split
+    kinds = ("worker",) if split.colocated else ("attention", "expert")
+    return list(itertools.product(range(split.stages), kinds))
+
+
+def _owner(costs: Costs) -> tuple[int, str]:
+    """The class whose workers own the losses."""
+    split = costs.config.split
+    kind = "worker" if split.colocated else "attention"
+    return costs.config.model.num_layers % split.stages, kind
+
+
+def _losses(costs: Costs) -> dict[tuple[int, str], float]:
+    """Seconds of the tokens of a micro-batch's loss that a worker of each class computes."""
+    found = dict.fromkeys(_classes(costs), costs.helper_loss)
+    return found | {_owner(costs): costs.unit_seconds["loss"]}
+
+
 def _transfers(costs: Costs) -> dict[str, float]:
     if costs.config.split.colocated:
         forward, backward = (twin.exchange(costs, unit).of_chunk(1) for unit in twin.EXPERT_UNITS)
@@ -222,7 +245,7 @@ def _transfers(costs: Costs) -> dict[str, float]:
             "many-to-many forward": costs.forward_transfer,
             "many-to-many backward": costs.backward_transfer,
         }
-    return found | {"loss tokens": costs.loss_transfer}
+    return found | {"loss tokens": 2 * costs.loss_transfer}
 
 
 def _worker_times(costs: Costs, step: float, exposed: float) -> list[WorkerTime]:
@@ -235,11 +258,11 @@ def _worker_times(costs: Costs, step: float, exposed: float) -> list[WorkerTime]
         regroup = costs.regroup_seconds(split.forward_chunks, split.backward_chunks)
         layer = {"worker": sum(layer.values()) + regroup}
     outside = costs.gradient_passes + costs.update + 1e-3 * costs.hardware.host_milliseconds
-    times = []
+    times, losses = [], _losses(costs)
     for stage in range(split.stages):
         num_layers = len(range(stage, config.model.num_layers, split.stages))
         for kind, seconds in layer.items():
-            work = config.batch.micro_batches * (num_layers * seconds + units["loss"])
+            work = config.batch.micro_batches * (num_layers * seconds + losses[stage, kind])
             busy = work + outside
             times.append(WorkerTime(f"stage {stage} {kind}", busy, exposed, step - busy - exposed))
     return times

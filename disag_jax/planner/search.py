@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from disag_jax.config import Config, Overlap, PlacementKind, Recompute, SplitConfig
 from disag_jax.errors import ConfigError
-from disag_jax.planner import overlaps
+from disag_jax.planner import loss_shares, overlaps
 from disag_jax.planner.costs import Costs
 from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.memory_model import (
@@ -141,7 +141,7 @@ def candidates(
                     split = dataclasses.replace(
                         config.split, replicas=replicas, stages=stages,
                         attention_workers=attention, expert_workers=expert, hop=hop,
-                        placement=placement,
+                        placement=placement, loss_share=None,
                     )  # fmt: skip
                     if not fixed.allows_split(split):
                         continue  # before anything is made for each batch
@@ -161,7 +161,8 @@ def search(
     """The split with the least time per token, or None where none fits the memory."""
     check_predictable(config)
     fixed = fixed or Fixed()
-    return _fastest(_fitting(config, hardware, num_devices, placement, fixed, load_factor))
+    found = _fastest(_fitting(config, hardware, num_devices, placement, fixed, load_factor))
+    return found and _refined(found, hardware, load_factor)
 
 
 def fastest_of_ratios(
@@ -183,7 +184,10 @@ def fastest_of_ratios(
         workers = split.attention_workers + split.expert_workers
         share = fractions.Fraction(split.attention_workers, workers)
         by_ratio.setdefault((split.hop, share), []).append(costs)
-    return {ratio: _fastest(by_ratio[ratio]) for ratio in sorted(by_ratio)}
+    return {
+        ratio: _refined(_fastest(by_ratio[ratio]), hardware, load_factor)
+        for ratio in sorted(by_ratio)
+    }
 
 
 def _fastest(fitting: Iterable[Costs]) -> Found | None:
@@ -204,6 +208,13 @@ def _fastest(fitting: Iterable[Costs]) -> Found | None:
     return best and dataclasses.replace(best, num_simulated=num_simulated)
 
 
+def _refined(found: Found, hardware: Hardware, load_factor: float | None = None) -> Found:
+    """With the best share of the loss; candidates are compared with equal ones."""
+    load = assumed_load_factor(found.config, load_factor)
+    costs, seconds = loss_shares.with_best_share(Costs(Sizes.of(found.config, load), hardware))
+    return dataclasses.replace(found, config=costs.config, step_seconds=seconds)
+
+
 def splits_that_fit(
     config: Config, hardware: Hardware, num_devices: int, placement: PlacementKind, **fixed
 ) -> list[Found]:
@@ -217,7 +228,8 @@ def splits_that_fit(
         key = split_key(costs.config)
         if key not in by_split or found.seconds_per_token < by_split[key].seconds_per_token:
             by_split[key] = found
-    return sorted(by_split.values(), key=lambda found: found.seconds_per_token)
+    refined = [_refined(found, hardware) for found in by_split.values()]
+    return sorted(refined, key=lambda found: found.seconds_per_token)
 
 
 def _fitting(
@@ -361,8 +373,9 @@ def in_words(config: Config) -> str:
         else f"{split.attention_workers} + {split.expert_workers}"
     )
     hop = "" if split.hop == 1 else f", hop {split.hop}"
+    loss = "" if split.loss_share is None else f", loss share {split.loss_share:.3g}"
     return (
-        f"{split.replicas} x {split.stages} stages x ({roles}){hop}, "
+        f"{split.replicas} x {split.stages} stages x ({roles}){hop}{loss}, "
         f"{batch.micro_batches} micro-batches of {batch.tokens_per_worker:,} tokens, recompute "
         f"{config.run.recompute}"
     )

@@ -111,7 +111,7 @@ def shared_step_seconds(
     layer = layer_of(config, hardware, load_factor)
     costs = Costs(Sizes.of(config, load_factor), hardware)
     split, rows = config.split, config.layers_per_stage
-    loss = costs.unit_seconds["loss"] + costs.loss_transfer
+    loss = costs.unit_seconds["loss"] + 2 * costs.loss_transfer
     if overlap is Overlap.TWO_MICRO_BATCHES:
         pair, weights = layer.pair(quality), layer.attention_forward + layer.expert_forward
         backward = layer.backward(Overlap.BLOCKING)

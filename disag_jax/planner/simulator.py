@@ -50,8 +50,9 @@ class Timing:
       forward, backward, idle_forward, idle_backward: as `PhaseSeconds`.
       forward_transfer, backward_transfer: all rounds of one transfer.
       rounds: R, of a transfer.
-      loss: scattering, a share's head, gathering.
-      loss_waits: whether a loss needs all workers; the twin with one stage computes its own.
+      loss: of the tokens that a worker of each class computes.
+      loss_owner: the class whose tokens they are; None where each class has its own.
+      loss_transfer: of tokens to the others, and of gradients back.
       interleaved: of a period with both phases, where they run in turns (hop 1).
       cool_down: of a period without a forward phase, where its backward phase is another.
     """
@@ -63,8 +64,9 @@ class Timing:
     forward_transfer: float
     backward_transfer: float
     rounds: int
-    loss: float
-    loss_waits: bool
+    loss: np.ndarray
+    loss_owner: int | None
+    loss_transfer: float
     interleaved: PhaseSeconds | None = None
     cool_down: PhaseSeconds | None = None
 
@@ -257,11 +259,23 @@ def execute(table: Table, timing: Timing) -> Run:
             )
             loss_begin[t] = now
             if table.loss[t]:
-                if timing.loss_waits:
-                    loss_begin[t] = now.max()
-                now = loss_begin[t] + timing.loss
+                loss_begin[t], now = _loss(now, timing)
             end[t] = now
     return Run(*clocks, repeats=(0, 0, 0))
+
+
+def _loss(now: np.ndarray, timing: Timing) -> tuple[np.ndarray, np.ndarray]:
+    """(start, end) of a loss in each class.
+
+    The owner begins at once, others when they have its tokens. It goes on with their gradients; so
+    do they, because the next transfer needs it.
+    """
+    if timing.loss_owner is None:
+        return now, now + timing.loss
+    begin = np.maximum(now, now[timing.loss_owner] + timing.loss_transfer)
+    begin[timing.loss_owner] = now[timing.loss_owner]
+    end = (begin + timing.loss).max() + timing.loss_transfer
+    return begin, np.full(len(now), end)
 
 
 def _transfer_seconds(table: Table, timing: Timing, segment: Segment):
