@@ -27,6 +27,11 @@ SCORE_BACKWARD = 2.5
 # are read, the last three and the compute copy written.
 UPDATE_BYTES_PER_PARAMETER = 30
 
+# Passes over the boxes of messages and of cotangents that the loop makes in a period, by hop: what
+# arrived is kept for the loss; with hop 2 every box is still under way, and written anew. Counted
+# in the programs compiled for two H100.
+BOX_PASSES = {1: (2, 0), 2: (7, 7)}
+
 # Passes over a worker's gradient sums in the pipeline program: zeros at first, norms at last.
 GRADIENT_PASSES = 2
 
@@ -160,11 +165,14 @@ class Costs:
     Attributes:
       two_level: whether a many-to-many transfer sends a token to another node once and spreads it
         there. The system sends it to each worker; this is to see what the other way would bring.
+      copies_boxes: whether the loop copies its boxes (`BOX_PASSES`), as XLA makes it; not, to see
+        the schedule alone.
     """
 
     sizes: Sizes
     hardware: Hardware
     two_level: bool = False
+    copies_boxes: bool = True
 
     @property
     def config(self) -> Config:
@@ -232,6 +240,18 @@ class Costs:
         hidden = self.sizes.rows * self.config.model.d_model * self.sizes.item_bytes
         overhead = 1e-6 * self.hardware.unit_overhead_microseconds
         return backward_chunks * overhead + 6 * hidden / self.hardware.bytes_per_second
+
+    @property
+    def box_copies(self) -> tuple[float, float]:
+        """Seconds by which the loop's copies of boxes lengthen a (forward, backward) phase."""
+        split, sizes = self.config.split, self.sizes
+        if split.colocated or not self.copies_boxes:
+            return 0.0, 0.0
+        slots = (sizes.message_bytes, sizes.cotangent_bytes)
+        return tuple(
+            passes * sizes.placement.rounds * slot / self.hardware.bytes_per_second
+            for passes, slot in zip(BOX_PASSES[split.hop], slots, strict=True)
+        )
 
     @property
     def forward_transfer(self) -> float:

@@ -17,28 +17,45 @@ def with_best_share(costs: Costs) -> tuple[Costs, float]:
     """(costs with the share that is predicted to be fastest, seconds of a step with it).
 
     Co-located, shares stay equal. Otherwise an attention worker that is done before the experts has
-    time for more: tried are the two numbers of whole chunks around that with which all end at once.
+    time for more: from the whole chunks with which all would end at once shares grow as long as a
+    step shrinks, because a worker may be ahead by more than this period's difference. All of it is
+    tried too: then nothing is exchanged.
     """
-    tried = [with_share(costs.config, None), *_around_even(costs)]
-    found = []
-    for config in tried:
-        one = dataclasses.replace(costs, sizes=dataclasses.replace(costs.sizes, config=config))
-        found.append((one, total_seconds(one, simulate_step(one))))
-    return min(found, key=lambda pair: pair[1])
+    best = _timed(costs, None)
+    config = costs.config
+    chunks = _even_chunks(best[0])
+    if config.split.colocated or chunks is None:
+        return best
+    best = min(best, _timed(costs, 1.0), key=_seconds)
+    tokens, chunk, last = config.batch.tokens_per_worker, config.run.loss_chunk, math.inf
+    while last > _seconds(found := _timed(costs, min(1.0, chunks * chunk / tokens))):
+        best, last = min(best, found, key=_seconds), _seconds(found)
+        chunks += 1
+    return best
 
 
-def _around_even(costs: Costs) -> list[Config]:
-    """Configs with the whole chunks below and above the share with which all would end at once."""
+def _timed(costs: Costs, share: float | None) -> tuple[Costs, float]:
+    sizes = dataclasses.replace(costs.sizes, config=with_share(costs.config, share))
+    found = dataclasses.replace(costs, sizes=sizes)
+    return found, total_seconds(found, simulate_step(found))
+
+
+def _seconds(timed: tuple[Costs, float]) -> float:
+    return timed[1]
+
+
+def _even_chunks(costs: Costs) -> int | None:
+    """Whole chunks of the loss with which an owner ends when its helpers do; None without helpers.
+
+    costs: with equal shares.
+    """
     config, units = costs.config, costs.unit_seconds
     own, helpers, _ = loss_tokens(costs.sizes)
-    tokens, chunk = config.batch.tokens_per_worker, config.run.loss_chunk
-    if config.split.colocated or not helpers:
-        return []
+    if not helpers:
+        return None
     ahead = max(0.0, units["expert_backward"] - units["attention_backward"])
     ahead += max(0.0, units["expert_forward"] - units["attention_forward"])
     # Later by what the tokens and the gradients are under way; each token takes as long.
     later = (ahead + 2 * costs.loss_transfer) / (units["loss"] / own)
-    even = (tokens + helpers * later) / (helpers + 1)
-    around = {math.floor(even / chunk), math.ceil(even / chunk)}
-    shares = {min(1.0, number * chunk / tokens) for number in around if number > 0}
-    return [with_share(config, share) for share in sorted(shares)]
+    tokens = min(config.batch.tokens_per_worker, own + helpers * later / (helpers + 1))
+    return max(1, math.floor(tokens / config.run.loss_chunk))

@@ -8,8 +8,9 @@ The paper's cluster is 16 nodes of 8 H800 with 8 network cards of 400 Gb/s. Here
 16,384 tokens a device (one sequence where it is longer), 32 of them; baselines with 8 stages of 16
 devices; AF-Pipe with 4 stages of M + N, the better hop, routing even, messages without padding, a
 token sent to each node once (`Costs.two_level`), which is how the paper counts its volume, and as
-many network cards for either role, which is what the paper compares ratios with; backward
-units recompute everything. Speeds are per device, since the splits have different numbers of them.
+many network cards for either role, which is what the paper compares ratios with; nothing for the
+copies of messages that XLA makes of our loop (`Costs.copies_boxes`); backward units recompute
+everything. Speeds are per device, since the splits have different numbers of them.
 """
 
 import copy
@@ -101,7 +102,7 @@ def disaggregated_seconds(
             bucket_factors=(1.0,),
         )  # fmt: skip
         one = dataclasses.replace(config, split=split)
-        costs = Costs(Sizes.of(one, load_factor), hardware, two_level)
+        costs = Costs(Sizes.of(one, load_factor), hardware, two_level, copies_boxes=False)
         seconds = total_seconds(costs, simulate_step(costs))
         found.append(seconds * split.num_devices / one.tokens_per_step)
     return min(found)
@@ -245,7 +246,8 @@ def bubble() -> Claim:
     split = SplitConfig(
         stages=STAGES, attention_workers=16, expert_workers=16, bucket_factors=(1.0,)
     )
-    costs = Costs(Sizes.of(dataclasses.replace(config, split=split)), _hardware())
+    sizes = Sizes.of(dataclasses.replace(config, split=split))
+    costs = Costs(sizes, _hardware(), copies_boxes=False)
     timing = timing_of(costs, free_transfers=True)
     forward, backward = timing.forward.mean(), timing.backward.mean()
     even = dataclasses.replace(

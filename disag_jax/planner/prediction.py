@@ -198,7 +198,9 @@ def timing_of(costs: Costs, *, free_transfers: bool = False) -> Timing:
             np.tile([units[f"attention_{phase}"], units[f"expert_{phase}"]], placement.stages)
             for phase in ("forward", "backward")
         )
-        return Timing(forward, backward, *np.zeros((2, len(forward))), **shared)
+        idle_forward, idle_backward = (np.full(len(forward), s) for s in costs.box_copies)
+        forward, backward = forward + idle_forward, backward + idle_backward
+        return Timing(forward, backward, idle_forward, idle_backward, **shared)
 
     def of_stages(phases: PhaseSeconds) -> PhaseSeconds:
         return PhaseSeconds(*(np.full(placement.stages, seconds) for seconds in phases))
