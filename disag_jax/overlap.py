@@ -31,6 +31,9 @@ START = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .* (?:collective-permute|all-to
 DONE = re.compile(r" (?:collective-permute|all-to-all)-done\(%?([\w.-]+)\)")
 SYNCHRONOUS = re.compile(r" = .* (?:collective-permute|all-to-all)\(")
 CONDITIONAL = re.compile(r" conditional\(")
+NAMES = r"%[^\s,}]+(?:, %[^\s,}]+)*"
+CALLED = re.compile(rf"(?:computations?|calls|to_apply|body)=\{{?({NAMES})")
+UNIT = re.compile(r'op_name="[^"]*(?:attention|expert)_(?:forward|backward)')
 SCOPE = re.compile(r'op_name="[^"]*?((?:m2n|all_to_all)_(?:forward|backward))')
 
 # Of the transfers that the compute of a device could hide, the share that it must.
@@ -46,8 +49,8 @@ class Transfer(NamedTuple):
       computation: the function of the program that it is in.
       scope: "m2n_forward", "m2n_backward", "all_to_all_forward" or "all_to_all_backward", "" for
         another one's.
-      conditionals: conditionals between its start and its end, in the order of execution; none
-        where it is synchronous.
+      conditionals: conditionals with a unit in a branch between its start and its end, in the
+        order of execution; none where it is synchronous.
     """
 
     computation: str
@@ -58,9 +61,10 @@ class Transfer(NamedTuple):
 def transfers(text: str) -> list[Transfer]:
     """The permutes and all-to-alls of a scheduled program in text form."""
     found, computation, running, seen = [], "", {}, 0
+    with_units = _computations_with_units(text)
     for line in text.splitlines():
         if line and not line[0].isspace():
-            computation, running, seen = line.split(" ")[0], {}, 0
+            computation, running, seen = _computation(line), {}, 0
         start, done = START.match(line), DONE.search(line)
         if start:
             running[start.group(1)] = (_scope(line), seen)
@@ -69,9 +73,34 @@ def transfers(text: str) -> list[Transfer]:
         elif done and done.group(1) in running:
             scope, before = running.pop(done.group(1))
             found.append(Transfer(computation, scope, seen - before))
-        elif CONDITIONAL.search(line):
+        elif CONDITIONAL.search(line) and not with_units.isdisjoint(_called(line)):
             seen += 1
     return found
+
+
+def _computations_with_units(text: str) -> set[str]:
+    """Functions of a program that run operations of a unit, or call one that does."""
+    found, calls, computation = set(), {}, ""
+    for line in text.splitlines():
+        if line and not line[0].isspace():
+            computation = _computation(line)
+        elif UNIT.search(line):
+            found.add(computation)
+        calls.setdefault(computation, set()).update(_called(line))
+    size = -1
+    while size != len(found):
+        size = len(found)
+        found |= {caller for caller, called in calls.items() if not found.isdisjoint(called)}
+    return found
+
+
+def _computation(line: str) -> str:
+    """The name of the function whose first line this is, with its percent sign."""
+    return next((word for word in line.split(" ") if word.startswith("%")), line.split(" ")[0])
+
+
+def _called(line: str) -> list[str]:
+    return [name for found in CALLED.findall(line) for name in found.split(", ")]
 
 
 def _scope(line: str) -> str:
@@ -117,7 +146,9 @@ def hideable_share(split: SplitConfig) -> float:
 def check_trace(times: dict[str, trace.DeviceTime], split: SplitConfig):
     """RunError unless each device hid enough of the transfers that its compute could hide."""
     for device, t in times.items():
-        could = min(1.0, t.compute / t.communication) if t.communication else 0.0
+        if not t.communication:
+            raise RunError(f"{device}: the trace must hold transfers")
+        could = min(1.0, t.compute / t.communication)
         could *= hideable_share(split)
         is_interleaved = split.overlap is Overlap.INTERLEAVED and t.compute > t.communication
         least = (LEAST_HIDDEN_INTERLEAVED if is_interleaved else LEAST_HIDDEN) * could
@@ -134,6 +165,10 @@ def main(config: Config, workdir: str, network: str):
     split = config.split
     if split.colocated and split.overlap is Overlap.NONE:
         raise ConfigError("split.overlap = none must be chunked or interleaved to hide anything")
+    directory = pathlib.Path(workdir)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        # Two traces would be read as one.
+        raise ConfigError(f"--workdir = {workdir!r} must be an empty directory, or not exist yet")
     enable_float64(config)
     stepper = Stepper(config, make_meshes(config))
     stepper.check_memory()
@@ -142,7 +177,7 @@ def main(config: Config, workdir: str, network: str):
     for transfer in steady:
         print(f"{transfer.scope}: {transfer.conditionals} conditionals between start and end")
     batches, state = load_inputs(config).train, stepper.init(config.run.seed)
-    profiler = Profiler(pathlib.Path(workdir), range(WARM_UP, WARM_UP + TRACED))
+    profiler = Profiler(directory, range(WARM_UP, WARM_UP + TRACED))
     for step in range(WARM_UP + TRACED):
         profiler.before_step(state)
         state, _ = stepper.train_step(state, stepper.read_batch(batches, step))

@@ -2,13 +2,26 @@
 
 import pytest
 
+from configs import balanced
 from disag_jax import overlap
 from disag_jax.config import Overlap, PlacementKind, SplitConfig
-from disag_jax.errors import RunError
+from disag_jax.errors import ConfigError, RunError
 from disag_jax.trace import DeviceTime
 
 LOOP = """\
 HloModule jit_training_pipeline, is_scheduled=true
+
+%inner (arg: u16[8]) -> u16[8] {{
+  %x = u16[8] negate(%arg), metadata={{op_name="x/cond/branch_1_fun/attention_backward/neg"}}
+}}
+
+%f (arg: u16[8]) -> u16[8] {{
+  %y = u16[8] fusion(%arg), kind=kLoop, calls=%inner
+}}
+
+%g (arg: u16[8]) -> u16[8] {{
+  %z = u16[8] negate(%arg), metadata={{op_name="x/embed/neg"}}
+}}
 
 %steady (arg: (u16[8])) -> (u16[8]) {{
   %start.1 = (u16[8], u16[8]) collective-permute-start(%a), metadata={{op_name="x/m2n_backward/p"}}
@@ -29,7 +42,8 @@ INTERLEAVED = SplitConfig(placement=PlacementKind.COLOCATED, overlap=Overlap.INT
 CHUNKED = SplitConfig(
     placement=PlacementKind.COLOCATED, overlap=Overlap.CHUNKED, forward_chunks=2, backward_chunks=4
 )
-UNIT = "%conditional.1 = u16[8] conditional(%p, %b, %c), branch_computations={%f, %g}"
+UNIT = "%conditional.1 = u16[8] conditional(%p, %b, %c), branch_computations={%g, %f}"
+OTHER = UNIT.replace("%f", "%g")
 
 
 @pytest.mark.parametrize(
@@ -42,10 +56,18 @@ def test_transfers_over_a_phase_pass(loop, split, kind):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("before", ["%x = u16[8] add(%a, %b)", OTHER])
 @pytest.mark.parametrize("loop, split", [(LOOP, APART), (TWIN_LOOP, INTERLEAVED)])
-def test_a_bare_transfer_is_found(loop, split):
+def test_a_transfer_over_no_unit_is_found(loop, split, before):
     with pytest.raises(RunError, match=r"must span a conditional: (m2n|all_to_all)_backward$"):
-        overlap.check_program(loop.format(before="%x = u16[8] add(%a, %b)"), split)
+        overlap.check_program(loop.format(before=before), split)
+
+
+def test_branches_may_be_named_one_by_one():
+    named = UNIT.replace(
+        "branch_computations={%g, %f}", "true_computation=%f, false_computation=%g"
+    )
+    assert overlap.check_program(LOOP.format(before=named), APART)
 
 
 def test_chunks_leave_two_transfers_bare_and_no_more():
@@ -86,6 +108,19 @@ def test_a_trace_passes_if_compute_hides_what_it_could():
         RunError, match=r"15% of the transfers were hidden, and 16% must be, of the 31%"
     ):
         overlap.check_trace({"gpu": DeviceTime(2.0, 1.0, 2.0, 1.7)}, CHUNKED)
+
+
+def test_a_trace_without_transfers_proves_nothing():
+    with pytest.raises(RunError, match="gpu 1: the trace must hold transfers"):
+        times = {"gpu 0": DeviceTime(2.0, 1.0, 2.0, 1.2), "gpu 1": DeviceTime(1.0, 1.0, 0.0, 0.0)}
+        overlap.check_trace(times, APART)
+
+
+def test_a_directory_with_another_trace_is_refused(tmp_path):
+    (tmp_path / "old").touch()
+    for workdir in (tmp_path, tmp_path / "old"):
+        with pytest.raises(ConfigError, match=r"--workdir = .* must be an empty directory, or not"):
+            overlap.main(balanced.get_config(), str(workdir), "default")
 
 
 def test_half_micro_batches_must_hide_four_fifths_where_compute_is_longer():
