@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from disag_jax.config import Config
+from disag_jax.config_rules import require
 from disag_jax.geometry import placement_of
 from disag_jax.pipeline import EVERYWHERE, PER_WORKER, compiler_options
 from disag_jax.timing import Figure, time_iterations
@@ -22,7 +23,17 @@ MIB = 2**20
 
 
 def measure(config: Config) -> list[Figure]:
-    """Transfers of each size: many-to-many, or all-to-all if the config is co-located."""
+    """Transfers of each size: many-to-many, or all-to-all if the config is co-located.
+
+    ConfigError if no worker has anything to send.
+    """
+    split = config.split
+    require(
+        not split.colocated or split.expert_workers > 1,
+        "split.expert_workers",
+        split.expert_workers,
+        "greater than 1 with split.placement = colocated, or nothing is exchanged",
+    )
     return [figure for _, figure in measure_slots(config)]
 
 
@@ -37,11 +48,13 @@ def measure_slots(config: Config) -> list[tuple[int, Figure]]:
         return transport.send_forward(words)
 
     kind = "all-to-all" if placement.colocated else "many-to-many"
+    # Of an all-to-all a worker's own slot stays where it is.
+    num_sent = placement.rounds - placement.colocated
     found = []
     for num_bytes, call in _calls(make_meshes(config), send, placement.rounds):
         name = f"{kind}, {placement.rounds} slots of {num_bytes / MIB:g} MiB"
         figure = time_iterations(name, call)
-        moved = placement.rounds * num_bytes / figure.milliseconds / 1e6
+        moved = num_sent * num_bytes / figure.milliseconds / 1e6
         figure.extra["a worker, each way"] = f"{moved:.3g} GB/s"
         found.append((num_bytes, figure))
     return found

@@ -157,6 +157,7 @@ def variants(config: Config) -> list[tuple[str, Config]]:
         {"sequence_length": length // 2},
         {"tokens_per_worker": tokens // 2, "sequence_length": length // 4},
         {"top_k": model.top_k // 2},
+        {"top_k": 2 * model.top_k},
         {"num_experts": model.num_experts // 2, "vocab_size": model.vocab_size // 2},
         {"tokens_per_worker": tokens // 4, "sequence_length": length // 4,
          "top_k": model.top_k // 2},

@@ -1,5 +1,7 @@
 """The benchmark command: every measurement on small shapes, its files, and what it says moved."""
 
+import dataclasses
+
 import pytest
 
 from disag_jax import bench, bench_transfer
@@ -82,3 +84,23 @@ def test_an_unknown_measurement_is_refused(tmp_path):
     config = support.small_config(SPLITS["disaggregated"], 2)
     with pytest.raises(ConfigError, match=r"'speed' must be one of units, step, transfer"):
         bench.main("speed", config, None, None)
+
+
+def test_a_worker_that_has_nothing_to_exchange_is_not_timed():
+    config = support.small_config(SplitConfig(placement=PlacementKind.COLOCATED))
+    with pytest.raises(ConfigError, match=r"split.expert_workers = 1 must be greater than 1 with"):
+        bench_transfer.measure(config)
+
+
+def test_a_workers_own_slot_is_not_sent(monkeypatch):
+    monkeypatch.setattr(bench_transfer, "SLOT_MIB", (1,))
+    figure = Figure("x", 1.0, 0.0)
+    monkeypatch.setattr(
+        bench_transfer, "time_iterations",
+        lambda name, _: dataclasses.replace(figure, name=name, extra={}),
+    )  # fmt: skip
+    apart = SplitConfig(stages=2, attention_workers=2, expert_workers=2)
+    for split, sent in ((SPLITS["colocated"], 3), (apart, 2)):
+        (found,) = bench_transfer.measure(support.small_config(split))
+        rate = float(found.extra["a worker, each way"].split()[0])
+        assert rate == pytest.approx(sent * 2**20 / 1e6, rel=5e-3)

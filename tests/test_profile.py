@@ -102,10 +102,10 @@ def test_a_loop_is_made_longer_where_its_time_is_lost_in_noise(monkeypatch):
 
 
 def test_variants_are_valid_and_vary_what_units_depend_on():
-    config = support.small_config(SplitConfig(), top_k=4, num_experts=8)
+    config = support.small_config(SplitConfig(), top_k=4, num_experts=16)
     config.batch = BatchConfig(sequence_length=64, tokens_per_worker=128, micro_batches=1)
     found = [variant.validate() for _, variant in profile.variants(config)]
-    assert len(found) == 7
+    assert len(found) == 8
     for values in (
         {(v.batch.tokens_per_worker, v.batch.sequence_length) for v in found},
         {v.model.top_k for v in found},
