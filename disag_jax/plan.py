@@ -123,12 +123,13 @@ def table(plan: Plan) -> rich.table.Table:
         second = f" + {split.expert_workers}"
         if split.colocated:
             second = f"/{split.expert_workers}, overlap {split.overlap_in_words}"
+        loss = search_lib.loss_in_words(prediction.config)
         step = prediction.step_seconds
         idle = [shares["idle"][1] for shares in _shares_of_roles(prediction).values()]
         memory = " ".join(f"{m.total / 2**30:.0f}" for m in prediction.memory.values())
         made.add_row(
             label if prediction.fits else f"{label}: does not fit",
-            f"{split.replicas} x {split.stages} x ({split.attention_workers}{second})",
+            f"{split.replicas} x {split.stages} x ({split.attention_workers}{second}){loss}",
             str(split.hop),
             f"{batch.micro_batches} x {batch.tokens_per_worker}",
             f"{step:.3f}",

@@ -373,12 +373,17 @@ def in_words(config: Config) -> str:
         else f"{split.attention_workers} + {split.expert_workers}"
     )
     hop = "" if split.hop == 1 else f", hop {split.hop}"
-    loss = "" if split.loss_share is None else f", loss share {split.loss_share:.3g}"
     return (
-        f"{split.replicas} x {split.stages} stages x ({roles}){hop}{loss}, "
+        f"{split.replicas} x {split.stages} stages x ({roles}){hop}{loss_in_words(config)}, "
         f"{batch.micro_batches} micro-batches of {batch.tokens_per_worker:,} tokens, recompute "
         f"{config.run.recompute}"
     )
+
+
+def loss_in_words(config: Config) -> str:
+    """The share of the loss that its owners keep, to follow a split; "" where parts are equal."""
+    share = config.split.loss_share
+    return "" if share is None else f", loss share {share:.3g}"
 
 
 def _divisors(number: int) -> list[int]:
