@@ -303,7 +303,7 @@ def define_flags():
         flags.DEFINE_string("out", None, "JSON file of the results, gone on with if it is there"),
         flags.DEFINE_float("seconds", 540, "begin no case after this"),
         flags.DEFINE_integer("threads", 16, "programs compiled at once", lower_bound=1),
-        flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU"),
+        cli.define_cpu_devices_flag(),
         flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP),
     )
     flags.mark_flags_as_required(["config", "hardware", "out"])

@@ -165,7 +165,7 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "file to keep the figures in, as JSON")
     _COMPARE = flags.DEFINE_string("compare", None, "figures of before, to compare with")
     _HARDWARE = flags.DEFINE_string("hardware", None, "what to predict a measured step for")
-    _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
+    _CPU_DEVICES = cli.define_cpu_devices_flag()
     flags.mark_flag_as_required("config")
 
     def _run(what: str):

@@ -301,7 +301,7 @@ if __name__ == "__main__":
 
     _CONFIG = cli.define_config_flag()
     _OUT = flags.DEFINE_string("out", None, "JSON file to write, for --hardware of disag_jax.plan")
-    _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
+    _CPU_DEVICES = cli.define_cpu_devices_flag()
     _NETWORK = flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP)
     _UNITS = flags.DEFINE_string("units", None, "measure transfers only; take the rest from this")
     flags.mark_flags_as_required(["config", "out"])
