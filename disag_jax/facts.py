@@ -23,8 +23,13 @@ def about(config: Config) -> dict:
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "config": as_json(config),
     }
+
+
+def as_json(config: Config) -> dict:
+    """The config as a JSON file that is read again has it."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def of_training(config: Config, cpu_devices: int) -> dict:
