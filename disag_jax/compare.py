@@ -105,12 +105,16 @@ def candidates(config: Config, wanted: tuple[int, ...]) -> list[Config]:
 def resized(config: Config, size: int) -> Config | None:
     """The config with micro-batches of another size, None where that is of no use.
 
-    Such are sizes that do not divide a step into whole micro-batches, or into few of them.
+    Such are sizes that do not divide a step into whole micro-batches, or into few of them, and
+    those that the split's chunks do not divide.
     """
     tokens = config.batch.tokens_per_worker * config.batch.micro_batches
     if size not in _sizes(config, tokens) or tokens // size < LEAST_MICRO_BATCHES:
         return None
-    return with_tokens(config, tokens, size)
+    try:
+        return with_tokens(config, tokens, size)
+    except ConfigError:
+        return None
 
 
 def candidates_of_both(config: Config, twin: Config, wanted: tuple[int, ...]) -> list[list[Config]]:

@@ -1,5 +1,6 @@
 """The benchmark command: every measurement on small shapes, its files, and what it says moved."""
 
+import errno
 import json
 import os
 import subprocess
@@ -125,6 +126,19 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path,
         bench.main("units", config, str(tmp_path / "none" / "x.json"), None)
     with pytest.raises(ConfigError, match=r"--out = .* must be a file"):
         bench.main("units", config, str(tmp_path), None)
+
+
+def test_figures_that_cannot_be_written_leave_those_of_before(tmp_path, monkeypatch):
+    config, path = support.small_config(SPLITS["disaggregated"], 2), tmp_path / "x.json"
+    bench.write(str(path), "units", config, [Figure("a", 10, 0.05)])
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"--out = .* must be writable: No space left"):
+        bench.write(str(path), "units", config, [])
+    assert bench.read(str(path), "units", config) == [Figure("a", 10, 0.05)]
 
 
 def test_wrong_devices_are_refused_before_anything_is_measured(monkeypatch):

@@ -87,6 +87,14 @@ def test_micro_batch_sizes_are_those_of_a_placement():
         compare.candidates_of_both(config, twin, (4 * own,))
 
 
+def test_a_size_that_the_chunks_do_not_divide_is_left_out():
+    config = support.small_config(SplitConfig(attention_workers=1, expert_workers=1), 16)
+    own = config.batch.tokens_per_worker
+    twin = compare.twin_of(config, overlap=Overlap.CHUNKED, forward_chunks=own)
+    tried = compare.candidates(twin, ())
+    assert [c.batch.tokens_per_worker for c in tried] == [own, 2 * own]
+
+
 class FakeRunner:
     """Runs whose steps take as long as told, or do not fit, by their names."""
 
