@@ -28,12 +28,7 @@ STOP_AFTER = flags.DEFINE_integer(
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "begin:end, the steps (from 0) to trace into workdir/profile"
 )
-CPU_DEVICES = flags.DEFINE_integer(
-    "cpu_devices",
-    0,
-    "simulate this many devices on the CPU; 0 takes the accelerators",
-    lower_bound=0,
-)
+CPU_DEVICES = cli.define_cpu_devices_flag()
 DETERMINISTIC = flags.DEFINE_bool(
     "deterministic", False, "bitwise equal results of equal runs on GPUs too, in more time"
 )

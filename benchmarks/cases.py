@@ -18,10 +18,11 @@ import time
 
 import jax
 
-from disag_jax.bench_step import run_steps
+from disag_jax.bench_step import NothingTimed, run_steps, without_compiling
 from disag_jax.compare import largest_difference
 from disag_jax.config import Config, ConfigError
 from disag_jax.errors import RunError
+from disag_jax.files import check_out
 from disag_jax.flops import flops_per_device
 from disag_jax.geometry import enable_float64, placement_of
 from disag_jax.inputs import load_inputs
@@ -82,8 +83,7 @@ def check_start(config: Config, out: str, wanted: int | None = None) -> int:
     wanted: so many of those that are here; None takes all.
     """
     config.validate()
-    if not pathlib.Path(out).resolve().parent.is_dir():
-        raise ConfigError(f"--out = {out!r} must be in a directory that exists")
+    check_out(out)
     enable_float64(config)
     here = len(jax.devices())
     num_devices = here if wanted is None else wanted
@@ -120,13 +120,13 @@ def stepper_of(case: Case) -> Stepper:
 
 
 def measure(case: Case, stepper: Stepper) -> dict:
-    """Trains a few steps: what is kept of them in JSON."""
+    """Trains a few steps: what is kept of them in JSON; steps that compile are not timed."""
     config = case.config
     stepper.check_memory()
     seconds, metrics = run_steps(stepper, WARM_UP + STEPS)
     counts = metrics[-1]["expert_counts"]
     program = stepper.compiled_program(stepper.chooser.current)
-    median = statistics.median(seconds[WARM_UP:])
+    median = statistics.median(without_compiling(seconds[WARM_UP:], metrics[WARM_UP:]))
     speed = config.tokens_per_step / median
     return {
         "sequence_length": config.batch.sequence_length,
@@ -192,7 +192,8 @@ def run(
                 measured = _measure_in_time(case, steppers.pop(0), hardware)
                 results.append(_of_case(case) | measured | marked)
                 outcome = f"{results[-1]['seconds']:.3f} s"
-            except (ConfigError, jax.errors.JaxRuntimeError) as error:  # such as too little memory
+            # Such as too little memory.
+            except (ConfigError, NothingTimed, jax.errors.JaxRuntimeError) as error:
                 outcome = f"failed: {str(error).splitlines()[0]}"
                 missing.append(f"{name} {outcome}")
             finally:
@@ -303,7 +304,7 @@ def define_flags():
         flags.DEFINE_string("out", None, "JSON file of the results, gone on with if it is there"),
         flags.DEFINE_float("seconds", 540, "begin no case after this"),
         flags.DEFINE_integer("threads", 16, "programs compiled at once", lower_bound=1),
-        flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU"),
+        cli.define_cpu_devices_flag(),
         flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP),
     )
     flags.mark_flags_as_required(["config", "hardware", "out"])

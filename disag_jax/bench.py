@@ -12,17 +12,20 @@ Units run on one device, a step and transfers on all of the config's.
 import dataclasses
 import json
 import pathlib
-import time
 
 import jax
 import rich.console
 import rich.table
 
+from disag_jax import facts
 from disag_jax.config import Config, ConfigError
+from disag_jax.files import check_out, write_out
 from disag_jax.geometry import enable_float64
 from disag_jax.planner.hardware import Hardware, load
 from disag_jax.planner.prediction import check_predictable, predict
 from disag_jax.timing import Figure
+from disag_jax.training import check_accelerator
+from disag_jax.workdir import config_from_dict
 
 # A figure has moved if it differs by more than this besides the noise: clocks vary that much.
 LEAST_CHANGE = 0.02
@@ -62,47 +65,55 @@ def changes(before: list[Figure], now: list[Figure]) -> list[str]:
 def write(path: str, what: str, config: Config, figures: list[Figure]):
     """Keeps figures with what they were measured on."""
     record = {
-        **_about(what, config),
-        "jax": jax.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        "what": what,
+        **facts.about(config),
         "figures": [dataclasses.asdict(figure) for figure in figures],
     }
-    try:
-        pathlib.Path(path).write_text(json.dumps(record, indent=2))
-    except OSError as error:
-        raise ConfigError(f"--out = {path!r} must be writable: {error.strerror}") from error
+    write_out(pathlib.Path(path), record)
 
 
 def read(path: str, what: str, config: Config) -> list[Figure]:
     """The figures that `write` kept; ConfigError if they are none, or of something else."""
-    now = _about(what, config)
     try:
         record = json.loads(pathlib.Path(path).read_text())
-        figures = [Figure(**figure) for figure in record["figures"]]
-        before = {name: record[name] for name in now}
+        figures = [_figure(figure) for figure in record["figures"]]
+        before = _compared(record, config_from_dict(record["config"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--compare = {path!r} must be a file that --out wrote: {error}"
         ) from error
+    now = _compared({"what": what, **facts.about(config)}, config)
     for name in now:
         _check_same(f"--compare = {path!r}, {name}", before[name], now[name])
     return figures
 
 
-def _about(what: str, config: Config) -> dict:
-    """What figures must have in common to be compared."""
-    devices = jax.devices()
+def _figure(record: dict) -> Figure:
+    figure = Figure(**record)
+    if not (figure.milliseconds > 0 and figure.noise >= 0):
+        raise ValueError(
+            f"{figure.name}: milliseconds = {figure.milliseconds} must be more than 0, and noise = "
+            f"{figure.noise} not negative"
+        )
+    return figure
+
+
+def _compared(record: dict, config: Config) -> dict:
+    """What figures must have in common to be compared: all that their times depend on."""
+    sections = facts.as_json(config)
+    names = ("model", "split", "batch", *(["optimizer"] if record["what"] == "step" else []))
+    run = {name: sections["run"][name] for name in ("compute_dtype", "recompute", "loss_chunk")}
     return {
-        "what": what,
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "what": record["what"],
+        "devices": record["devices"],
+        "config": {name: sections[name] for name in names} | {"run": run},
     }
 
 
 def _check_same(where: str, before, now):
     if isinstance(before, dict) and isinstance(now, dict):
         for name in now:
-            _check_same(f"{where}.{name}", before.get(name), now[name])
+            _check_same(f"{where}.{name}", before[name], now[name])
     elif before != now:
         raise ConfigError(f"{where} = {before!r} must be {now!r}, as now")
 
@@ -143,6 +154,8 @@ def main(
         planned_for = planned_for.on_one_node(jax.local_device_count())
     enable_float64(config)
     before = read(compare, what, config) if compare else None
+    if out:
+        check_out(out)
     figures = measures[what](config)
     devices = jax.devices()
     title = f"{what} of {config.name}, {devices[0].device_kind}, jax {jax.__version__}"
@@ -165,13 +178,15 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "file to keep the figures in, as JSON")
     _COMPARE = flags.DEFINE_string("compare", None, "figures of before, to compare with")
     _HARDWARE = flags.DEFINE_string("hardware", None, "what to predict a measured step for")
-    _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
+    _CPU_DEVICES = cli.define_cpu_devices_flag()
     flags.mark_flag_as_required("config")
 
     def _run(what: str):
         from mesh import runtime
 
         runtime.start(_CPU_DEVICES.value)
+        if not _CPU_DEVICES.value:
+            check_accelerator()
         main(what, _CONFIG.value, _OUT.value, _COMPARE.value, _HARDWARE.value)
 
     cli.run(_run, arguments="measurement (units, step or transfer)")

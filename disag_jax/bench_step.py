@@ -12,6 +12,7 @@ import jax
 
 from disag_jax.bench_units import measure_rates, measure_units
 from disag_jax.config import Config
+from disag_jax.errors import RunError
 from disag_jax.flops import flops_per_device
 from disag_jax.geometry import placement_of
 from disag_jax.inputs import load_inputs
@@ -24,25 +25,34 @@ from disag_jax.training import make_meshes
 WARM_UP, STEPS = 2, 8
 
 
+class NothingTimed(RunError):
+    """A run none of whose steps tells how long steps take."""
+
+
 def measure(config: Config) -> list[Figure]:
-    """The units, then steps on the config's text with the optimizer included."""
-    units = measure_units(config, measure_rates(config)[0])
-    stepper = Stepper(config, make_meshes(config))
+    """The rates and the units, then steps on the config's text with the optimizer included."""
+    meshes = make_meshes(config)  # refuses wrong devices before anything is timed
+    rates, rate_figures = measure_rates(config)
+    units = measure_units(config, rates)
+    stepper = Stepper(config, meshes)
     stepper.check_memory()
     as_in_training, alone = WARM_UP + STEPS, WARM_UP + 2 * STEPS
     times, metrics = run_steps(stepper, alone, waits=lambda step: step >= as_in_training)
+    whole, waiting = slice(WARM_UP, as_in_training), slice(as_in_training, alone)
     updates = [t - of_step["pipeline_seconds"] for t, of_step in zip(times, metrics, strict=True)]
     bound = work_bound(config, stepper.schedule.idle_share, units)
-    step = figure_of("step", times[WARM_UP:as_in_training], floor_milliseconds=bound)
+    timed = without_compiling(times[whole], metrics[whole])
+    step = figure_of("step", timed, floor_milliseconds=bound)
     rate = config.tokens_per_step / (step.milliseconds / 1e3)
     flops = flops_per_device(config, rate)
     speed = {"tokens/s": f"{rate:,.0f}", "rate": f"{flops / 1e12:.3g} TFLOP/s a device"}
     peaks = peak_memory(stepper.meshes).items()
     memory = {f"peak of {worker}": f"{peak:.1f} GiB" for worker, peak in peaks}
     return [
+        *rate_figures,
         *units,
         dataclasses.replace(step, extra=speed | memory),
-        figure_of("update alone", updates[as_in_training:]),
+        figure_of("update alone", without_compiling(updates[waiting], metrics[waiting])),
     ]
 
 
@@ -67,6 +77,17 @@ def run_steps(
         seconds.append(time.perf_counter() - began)
         metrics.append(of_step)
     return seconds, metrics
+
+
+def without_compiling(values: list[float], metrics: list[dict]) -> list[float]:
+    """The values of those steps that compiled no program; NothingTimed if each did."""
+    kept = [v for v, of_step in zip(values, metrics, strict=True) if not of_step["compiled"]]
+    if not kept:
+        raise NothingTimed(
+            f"each of the {len(values)} steps to be timed compiled a program for another bucket: "
+            "split.bucket_factors = () has one"
+        )
+    return kept
 
 
 def work_bound(config: Config, idle_share: float, units: list[Figure]) -> float:

@@ -131,7 +131,7 @@ class _UnitBench:
     def _time(self, name: str, call) -> Figure:
         flops, num_bytes = self._work(name)
         figure = time_calls(name, call, floor_milliseconds=self.rates.floor(flops, num_bytes))
-        rate = f"{flops / figure.milliseconds / 1e9:.0f} TFLOP/s"
+        rate = f"{flops / figure.milliseconds / 1e9:.3g} TFLOP/s"
         return dataclasses.replace(figure, extra={"rate": rate})
 
     def _work(self, name: str) -> tuple[float, float]:

@@ -1,7 +1,9 @@
 """What all commands share: flags, the config file, and mistakes told in one sentence."""
 
 import dataclasses
+import inspect
 import os
+import re
 import sys
 
 from absl import app, flags, logging
@@ -10,11 +12,24 @@ from ml_collections import config_flags
 from disag_jax.config import Config
 from disag_jax.errors import RUN_ERROR, USER_ERROR, ConfigError, RunError
 
+# What absl says of a flag that is marked as required.
+MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")
+
 
 def define_config_flag():
     """The `--config` flag: a Python file with `get_config()`, and overrides of its fields."""
     return config_flags.DEFINE_config_file(
         "config", None, "experiment, for example configs/tiny.py"
+    )
+
+
+def define_cpu_devices_flag():
+    """The `--cpu_devices` flag, for `mesh.runtime.start`."""
+    return flags.DEFINE_integer(
+        "cpu_devices",
+        0,
+        "simulate this many devices on the CPU; 0 takes the accelerators",
+        lower_bound=0,
     )
 
 
@@ -32,6 +47,11 @@ def run(main, arguments: str | None = None):
             _fail(f"argument {argv[1]!r} must be a flag, such as --config=configs/tiny.py")
         if arguments is not None and len(argv) == 1:
             _fail(f"a {arguments} must be named after the command")
+        if arguments is not None:
+            try:
+                inspect.signature(main).bind(*argv[1:])
+            except TypeError:
+                _fail(f"argument {argv[2]!r} must not be there: one {arguments} is named")
         # Libraries log their settings at INFO; what a run has to say it prints.
         logging.set_verbosity(logging.WARNING)
         try:
@@ -58,7 +78,8 @@ def _parse(argv):
             _fail(f"--config = {path!r} must be a Python file whose get_config() returns a Config")
         return rest
     except flags.Error as error:
-        _fail(str(error))
+        missing = MISSING.match(str(error))
+        _fail(f"--{missing.group(1)} = None must be given" if missing else str(error))
     except SyntaxError as error:
         _fail(f"--config = {error.filename!r} must be valid Python: {error}")
     except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:

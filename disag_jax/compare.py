@@ -6,27 +6,32 @@ memory, exposed communication. It writes comparison.json and comparison.png.
 
 The comparison is fair by construction: both train the same model from the same seed on the same
 global batches, with the same units, recompute and optimizer, each as a `train.py` of its own on all
-devices, at the micro-batch size that is fastest for it of those tried.
+devices, at the micro-batch size that is fastest for it of those tried. Steps that compiled
+a program do not count.
 """
 
+import collections
 import copy
 import dataclasses
-import json
-import os
 import pathlib
-import statistics
-import subprocess
 
 import numpy as np
 import rich.console
 import rich.table
 
-from disag_jax import launch
+from disag_jax import facts
 from disag_jax.config import Config, ConfigError, Dtype, Overlap, PlacementKind
 from disag_jax.errors import RunError
-from disag_jax.nccl_log import check_sockets
-from disag_jax.report import read_records
-from disag_jax.workdir import Workdir
+from disag_jax.files import write_json
+from disag_jax.measured_run import (
+    LEAST_STEPS,
+    TRACED_STEPS,
+    WARM_UP_STEPS,
+    DoesNotFit,
+    Measurement,
+    Runner,
+)
+from disag_jax.workdir import check_new, new_directory
 from mesh import runtime
 
 # Relative difference of a step's losses, which different orders of sums explain. It grows with the
@@ -34,37 +39,8 @@ from mesh import runtime
 # 5e-4 apart after twelve steps of the balanced shape. Another seed is 1e-2 apart.
 TOLERANCES = {Dtype.FLOAT64: 1e-9, Dtype.FLOAT32: 1e-4, Dtype.BFLOAT16: 2e-3}
 
-# Steps that compile, and the last ones, which are traced; those between count.
-WARM_UP_STEPS, TRACED_STEPS = 2, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """What a run of one placement did; medians over its steps after the warm-up.
-
-    Attributes:
-      placement: "disaggregated" or "colocated".
-      split: the split in words.
-      tokens_per_worker, micro_batches: T and K.
-      losses: of every step.
-      step_seconds, tokens_per_second, tflops_per_device: of a step, optimizer included.
-      peak_memory_gib: by worker; empty where the backend keeps no count.
-      exposed_share: share of a step that a device spends with communication and no compute, waiting
-        for its partner included, by device; empty without a trace of GPUs.
-      hidden_share: share of the communication that ran under compute, by device.
-    """
-
-    placement: str
-    split: str
-    tokens_per_worker: int
-    micro_batches: int
-    losses: list[float]
-    step_seconds: float
-    tokens_per_second: float
-    tflops_per_device: float
-    peak_memory_gib: dict[str, float]
-    exposed_share: dict[str, float]
-    hidden_share: dict[str, float]
+# A pipeline with fewer micro-batches is mostly filled and emptied.
+LEAST_MICRO_BATCHES = 4
 
 
 def twin_of(config: Config, expert_workers: int | None = None, **overlap) -> Config:
@@ -76,14 +52,18 @@ def twin_of(config: Config, expert_workers: int | None = None, **overlap) -> Con
     """
     twin, split = copy.deepcopy(config), config.split
     workers = split.attention_workers + split.expert_workers
-    divisors = [n for n in range(1, workers + 1) if workers % n == 0]
+    if expert_workers is None:
+        most = min(workers, config.model.num_experts)
+        expert_workers = max(n for n in range(1, most + 1) if workers % n == 0)
+    elif expert_workers < 1:
+        raise ConfigError(f"--twin_experts = {expert_workers} must be 1 or more")
     twin.split = dataclasses.replace(
         split,
         placement=PlacementKind.COLOCATED,
         hop=1,
         loss_share=None,
         attention_workers=workers,
-        expert_workers=expert_workers or max(n for n in divisors if n <= config.model.num_experts),
+        expert_workers=expert_workers,
         **overlap,
     )
     batch, tokens = config.batch, config.batch.tokens_per_worker * split.attention_workers
@@ -111,13 +91,30 @@ def with_tokens(config: Config, tokens: int, tokens_per_worker: int) -> Config:
 def candidates(config: Config, wanted: tuple[int, ...]) -> list[Config]:
     """The config at each micro-batch size of `wanted` that divides its step's tokens.
 
-    Without any wanted, at its own size and half of it.
+    Without any wanted, at its own size, half of it and double, as far as they can be had.
     """
     own = config.batch.tokens_per_worker
     tokens = own * config.batch.micro_batches
-    wanted = wanted or (own // 2, own)
+    if not wanted:
+        half, double = resized(config, own // 2), resized(config, 2 * own)
+        return [one for one in (half, copy.deepcopy(config), double) if one is not None]
     sizes = [size for size in _sizes(config, tokens) if size in wanted]
     return [with_tokens(config, tokens, size) for size in sizes]
+
+
+def resized(config: Config, size: int) -> Config | None:
+    """The config with micro-batches of another size, None where that is of no use.
+
+    Such are sizes that do not divide a step into whole micro-batches, or into few of them, and
+    those that the split's chunks do not divide.
+    """
+    tokens = config.batch.tokens_per_worker * config.batch.micro_batches
+    if size not in _sizes(config, tokens) or tokens // size < LEAST_MICRO_BATCHES:
+        return None
+    try:
+        return with_tokens(config, tokens, size)
+    except ConfigError:
+        return None
 
 
 def candidates_of_both(config: Config, twin: Config, wanted: tuple[int, ...]) -> list[list[Config]]:
@@ -147,82 +144,6 @@ def _sizes(config: Config, tokens: int) -> list[int]:
     return [n * config.batch.sequence_length for n in whole]
 
 
-class Runner:
-    """Starts `train.py` for a config, in a directory of its own, and reads what it measured."""
-
-    def __init__(self, directory: pathlib.Path, cpu_devices: int, network: str):
-        self._directory = directory
-        self._cpu_devices, self._network = cpu_devices, network
-
-    def run(self, config: Config, name: str, num_steps: int) -> Measurement:
-        """Trains `num_steps`, the last of them traced; RunError if the run fails."""
-        workdir = self._directory / name
-        output = self._directory / f"{name}.output.txt"
-        with output.open("w") as file:
-            process = subprocess.run(
-                self._command(config, workdir, num_steps),
-                env=self._environment(workdir),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-        if process.returncode:
-            said = launch.last_line(output.read_text()).removeprefix("error: ")
-            # As train.py tells its user's mistakes from what went wrong.
-            kind = ConfigError if process.returncode == 2 else RunError
-            raise kind(f"{name}: {said} (all of it: {output})")
-        if self._network == "sockets":
-            check_sockets(f"{workdir}.nccl.*.txt", workdir.name)
-        return _measure(config, workdir, has_trace=not self._cpu_devices)
-
-    def _command(self, config: Config, workdir, num_steps: int) -> list[str]:
-        config = copy.deepcopy(config)
-        config.run = dataclasses.replace(
-            config.run, num_steps=num_steps, log_every=1, eval_batches=0, checkpoint_every=0,
-        )  # fmt: skip
-        traced_steps = f"--profile_steps={num_steps - TRACED_STEPS}:{num_steps}"
-        cpu_devices = f"--cpu_devices={self._cpu_devices}"
-        return launch.train_command(config, workdir, cpu_devices, traced_steps)
-
-    def _environment(self, workdir) -> dict[str, str]:
-        environment = dict(os.environ)
-        if self._network == "sockets":
-            log = runtime.NETWORK_LOG | {"NCCL_DEBUG_FILE": f"{workdir}.nccl.%p.txt"}
-            environment |= runtime.SOCKETS | log
-        return environment
-
-
-def _measure(config: Config, workdir: pathlib.Path, has_trace: bool) -> Measurement:
-    steps, _ = read_records(Workdir(str(workdir)).metrics)
-    # Tracing slows its steps down.
-    timed = steps[WARM_UP_STEPS : -TRACED_STEPS if has_trace else None] or steps
-
-    def median(field):
-        return statistics.median(step[field] for step in timed)
-
-    times = {}
-    if has_trace:
-        from disag_jax import trace  # JAX starts only where there is something to read
-
-        times = trace.device_times(workdir)
-    split = config.split
-    return Measurement(
-        placement=split.placement.value,
-        split=f"{split.replicas} x {split.stages} x "
-        + (f"{split.attention_workers}/{split.expert_workers}" if split.colocated
-           else f"({split.attention_workers}+{split.expert_workers})")
-        + ("" if split.overlap is Overlap.NONE else f" {split.overlap_in_words}"),
-        tokens_per_worker=config.batch.tokens_per_worker,
-        micro_batches=config.batch.micro_batches,
-        losses=[step["loss"] for step in steps],
-        step_seconds=median("step_seconds"),
-        tokens_per_second=median("tokens_per_second"),
-        tflops_per_device=median("tflops_per_device"),
-        peak_memory_gib=steps[-1].get("peak_memory_gib", {}),
-        exposed_share={name: t.exposed / t.span for name, t in times.items()},
-        hidden_share={name: t.hidden_share for name, t in times.items()},
-    )  # fmt: skip
-
-
 def largest_difference(first: list[float], second: list[float]) -> float:
     """The largest relative difference of two runs' losses, step by step."""
     a, b = np.array(first), np.array(second)
@@ -230,29 +151,49 @@ def largest_difference(first: list[float], second: list[float]) -> float:
 
 
 def compare(
-    runner: Runner, both: list[list[Config]], num_steps: int
-) -> tuple[Measurement, Measurement]:
-    """Measures both placements, each at the fastest of its candidates."""
-    return tuple(_best(runner, tried, num_steps) for tried in both)
+    runner: Runner, both: list[list[Config]], num_steps: int, *, grows: bool
+) -> list[list[Measurement]]:
+    """Measures both placements at each of their candidates, as `measure_sizes` does."""
+    return [measure_sizes(runner, tried, num_steps, grows=grows) for tried in both]
 
 
-def _best(runner: Runner, tried: list[Config], num_steps: int) -> Measurement:
-    """The fastest run. Each is whole: to start and compile takes longer than its steps."""
+def measure_sizes(
+    runner: Runner, tried: list[Config], num_steps: int, *, grows: bool
+) -> list[Measurement]:
+    """The runs of one placement that fit. Each is whole: to start takes longer than its steps.
+
+    grows: go on with twice the last size while it fits and is the fastest so far.
+    """
     placement = tried[0].split.placement.value
-    if len(tried) == 1:
-        return runner.run(tried[0], placement, num_steps)
-    found = []
-    for candidate in tried:
-        name = f"{placement}_{candidate.batch.tokens_per_worker}"
+    found, waiting = [], collections.deque(tried)
+    while waiting:
+        config = waiting.popleft()
+        batch = config.batch
+        print(
+            f"running {placement}, {batch.micro_batches} x {batch.tokens_per_worker:,} tokens",
+            flush=True,
+        )
         try:
-            found.append(runner.run(candidate, name, num_steps))
-            print(f"{name}: {found[-1].tokens_per_second:,.0f} tokens/s", flush=True)
-        except (ConfigError, RunError) as error:  # such as too little memory for this size
+            run = runner.run(config, f"{placement}_{batch.tokens_per_worker}", num_steps)
+        except DoesNotFit as error:
             print(error, flush=True)
+            if grows:
+                break  # nor does more
+            continue
+        print(f"{run.step_seconds:.3f} s a step, {run.tokens_per_second:,.0f} tokens/s", flush=True)
+        found.append(run)
+        larger = resized(config, 2 * batch.tokens_per_worker)
+        if grows and not waiting and larger is not None and fastest(found) is run:
+            waiting.append(larger)
     if not found:
         sizes = ", ".join(str(one.batch.tokens_per_worker) for one in tried)
-        raise RunError(f"{placement}: no micro-batch size of {sizes} could be run")
-    return max(found, key=lambda measurement: measurement.tokens_per_second)
+        raise RunError(f"{placement}: no micro-batch size of {sizes} fits")
+    return found
+
+
+def fastest(runs: list[Measurement]) -> Measurement:
+    """The run whose median step took the least time."""
+    return min(runs, key=lambda run: run.step_seconds)
 
 
 def table(measurements: tuple[Measurement, Measurement]) -> rich.table.Table:
@@ -313,31 +254,44 @@ def main(config, workdir, num_steps, cpu_devices, network, sizes, twin_experts, 
         raise ConfigError(
             "split.placement = colocated must be disaggregated: its twin is made from it"
         )
-    if num_steps <= WARM_UP_STEPS + TRACED_STEPS:
+    least = WARM_UP_STEPS + LEAST_STEPS + TRACED_STEPS
+    if num_steps < least:
         raise ConfigError(
-            f"--steps = {num_steps} must be more than {WARM_UP_STEPS + TRACED_STEPS}, those that "
-            "compile and those that are traced"
+            f"--steps = {num_steps} must be {least} or more: {WARM_UP_STEPS} that compile, "
+            f"{LEAST_STEPS} that count and {TRACED_STEPS} that are traced"
+        )
+    if cpu_devices and network != "default":
+        raise ConfigError(
+            f"--network = {network} must be default with --cpu_devices: it is one between GPUs"
         )
     twin = twin_of(config, twin_experts, **(twin_overlap or {}))
     both = candidates_of_both(config, twin, sizes)
-    directory = pathlib.Path(workdir)
-    if directory.exists() and any(directory.iterdir()):
-        raise ConfigError(f"workdir = {workdir!r} must be a new or empty directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    runner = Runner(directory.resolve(), cpu_devices, network)
-    measurements = compare(runner, both, num_steps)
-    difference = largest_difference(*(m.losses for m in measurements))
+    check_new(workdir)
+    about = facts.of_training(config, cpu_devices)
+    directory = new_directory(workdir)
+    runs = compare(Runner(directory, cpu_devices, network), both, num_steps, grows=not sizes)
+    measurements = tuple(fastest(of_one) for of_one in runs)
+    candidates_run = [run for of_one in runs for run in of_one]
+    # All train on the same batches: micro-batches only group a step's sequences.
+    reference = measurements[0].losses
+    differences = [largest_difference(run.losses, reference) for run in candidates_run]
+    difference = float(np.max(differences))  # NaN if any is
     tolerance = TOLERANCES[config.run.compute_dtype]
-    result = {
+    result = about | {
+        "network": network,
+        "num_steps": num_steps,
         "largest_loss_difference": difference,
         "tolerance": tolerance,
-        "network": network,
         "measurements": [dataclasses.asdict(m) for m in measurements],
+        "candidates": [dataclasses.asdict(run) for run in candidates_run],
     }
-    (directory / "comparison.json").write_text(json.dumps(result, indent=2))
+    write_json(directory / "comparison.json", result)
     draw(measurements, directory / "comparison.png")
     rich.console.Console(width=110).print(table(measurements))
-    print(f"losses of {num_steps} steps differ by {difference:.2e} at most; allowed {tolerance:g}")
+    print(
+        f"losses of {num_steps} steps of {len(candidates_run)} runs differ by {difference:.2e} at "
+        f"most; allowed {tolerance:g}"
+    )
     if not difference <= tolerance:
         raise RunError(f"losses differ by {difference:.2e}, more than {tolerance:g} of their size")
 
@@ -350,14 +304,15 @@ if __name__ == "__main__":
     _CONFIG = cli.define_config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "directory for both runs and the comparison")
     _STEPS = flags.DEFINE_integer("steps", 20, "optimizer steps of each run")
-    _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
+    _CPU_DEVICES = cli.define_cpu_devices_flag()
     _NETWORK = flags.DEFINE_enum(
         "network", "default", list(runtime.NETWORKS), f"{runtime.NETWORK_HELP}; checks its log"
     )  # fmt: skip
     _SIZES = flags.DEFINE_multi_integer(
         "tokens_per_worker",
         [],
-        "micro-batch sizes to try on each side; by default the config's and half of it",
+        "micro-batch sizes to try on each side; by default the config's, half of it, and doubles "
+        "while they are faster",
     )
     _TWIN_EXPERTS = flags.DEFINE_integer(
         "twin_experts", None, "co-located workers that share the experts; by default all"

@@ -1,8 +1,10 @@
-"""Writing files that are never seen half written."""
+"""Writing files that are never seen half written, and refusing those that cannot be."""
 
 import json
 import os
 import pathlib
+
+from disag_jax.errors import ConfigError
 
 
 def write_json(path: pathlib.Path, value: dict):
@@ -13,3 +15,22 @@ def write_json(path: pathlib.Path, value: dict):
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
+
+
+def check_out(path: str):
+    """ConfigError unless `write_out` could write to `--out`; for before anything is measured."""
+    file = pathlib.Path(path).resolve()
+    if not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+        raise ConfigError(
+            f"--out = {path!r} must be in a directory that exists and can be written to"
+        )
+    if file.exists() and not file.is_file():
+        raise ConfigError(f"--out = {path!r} must be a file")
+
+
+def write_out(path: pathlib.Path, record: dict):
+    """Writes what `--out` keeps, or a file beside it."""
+    try:
+        write_json(path, record)
+    except OSError as error:
+        raise ConfigError(f"--out = {str(path)!r} must be writable: {error.strerror}") from error

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import pathlib
+import signal
+import subprocess
 import sys
 
 from disag_jax.config import Config
+from disag_jax.errors import RunError
 
 TRAIN = pathlib.Path(__file__).parent.parent / "train.py"
 
@@ -29,6 +32,32 @@ def train_command(config: Config, workdir: pathlib.Path, *flags: str) -> list[st
     workdir.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(config)))
     command = [sys.executable, str(TRAIN), f"--config={config_file}", f"--workdir={workdir}"]
     return [*command, *flags]
+
+
+def run(command: list[str], **options) -> int:
+    """Runs a command to its end and returns its exit code; `options` are of subprocess.Popen.
+
+    SIGTERM is passed on: it has the command end in order, and RunError follows.
+    """
+    started, stops = [], []
+
+    def stop(*_):
+        stops.append(True)
+        for process in started:
+            process.terminate()
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        with subprocess.Popen(command, **options) as process:
+            started.append(process)
+            if stops:  # the signal came before there was a process to pass it on to
+                process.terminate()
+            code = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if stops:
+        raise RunError("stopped by SIGTERM")
+    return code
 
 
 def last_line(text: str) -> str:

@@ -9,6 +9,9 @@ from disag_jax.state import StateManager
 from mesh.placement import Meshes
 from mesh.roles import Role
 
+# How the refusal begins, by which other commands know it.
+TOO_LITTLE = "memory of each device must hold a step"
+
 
 def state_bytes(manager: StateManager, groups: tuple[str, ...]) -> int:
     """Bytes of the masters and optimizer state of parameter groups on one of their devices."""
@@ -68,7 +71,7 @@ def check(needed: dict[str, int], available: dict[str, int]):
             for kind, size in missing.items()
         )
         raise ConfigError(
-            f"memory of each device must hold a step ({parts}): fewer tokens in "
+            f"{TOO_LITTLE} ({parts}): fewer tokens in "
             "batch.tokens_per_worker, more workers or stages in split, or a larger "
             "XLA_PYTHON_CLIENT_MEM_FRACTION would help"
         )

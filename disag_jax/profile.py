@@ -13,7 +13,6 @@ on the network.
 
 import copy
 import dataclasses
-import json
 import os
 import pathlib
 import time
@@ -24,6 +23,7 @@ import numpy as np
 from disag_jax import bench_phases, bench_transfer
 from disag_jax.bench_units import Rates, measure_rates
 from disag_jax.config import Config, ConfigError, PlacementKind, SplitConfig
+from disag_jax.files import check_out, write_out
 from disag_jax.flops import peak_flops
 from disag_jax.nccl_log import check_network
 from disag_jax.planner.costs import unit_work
@@ -69,7 +69,7 @@ def profile(
         say("optimizer")
         points["update"] = measure_updates(shape, make_meshes(shape))
     # Minutes of measurement, kept also where the fits below fail.
-    _write(points_file(out), points)
+    write_out(points_file(out), points)
     here = dict(
         name=pathlib.Path(out).stem,
         comment=(
@@ -89,7 +89,7 @@ def profile(
         hardware = dataclasses.replace(known, **here)
     else:
         hardware = Hardware(**here, **_fitted_devices(config, points, rates))
-    _write(pathlib.Path(out), dataclasses.asdict(hardware))
+    write_out(pathlib.Path(out), dataclasses.asdict(hardware))
     return hardware
 
 
@@ -227,13 +227,6 @@ def points_file(out: str) -> pathlib.Path:
     return pathlib.Path(out).with_suffix(".points.json")
 
 
-def _write(file: pathlib.Path, record: dict):
-    try:
-        file.write_text(json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--out = {str(file)!r} must be writable: {error.strerror}") from error
-
-
 def summary(hardware: Hardware) -> str:
     """The fits, one a line."""
     lines = [
@@ -263,8 +256,7 @@ def main(config: Config, out: str, network: str = "default", units: str | None =
     """Measures, prints and writes."""
     config.validate()
     check_predictable(config)
-    if not pathlib.Path(out).resolve().parent.is_dir():
-        raise ConfigError(f"--out = {out!r} must be in a directory that exists")
+    check_out(out)
     began = time.perf_counter()
 
     def say(what: str):
@@ -302,7 +294,7 @@ if __name__ == "__main__":
 
     _CONFIG = cli.define_config_flag()
     _OUT = flags.DEFINE_string("out", None, "JSON file to write, for --hardware of disag_jax.plan")
-    _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
+    _CPU_DEVICES = cli.define_cpu_devices_flag()
     _NETWORK = flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP)
     _UNITS = flags.DEFINE_string("units", None, "measure transfers only; take the rest from this")
     flags.mark_flags_as_required(["config", "out"])

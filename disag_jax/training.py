@@ -29,6 +29,8 @@ from disag_jax.watchdog import Watchdog
 from disag_jax.workdir import Workdir
 from mesh.placement import Meshes
 
+NO_ACCELERATOR = "no accelerator was found, and --cpu_devices simulates devices"
+
 
 def train(
     config: Config,
@@ -160,8 +162,7 @@ def make_meshes(config: Config) -> Meshes:
     """The meshes over all devices; ConfigError if they are not those that the config needs."""
     placement, devices = placement_of(config), jax.devices()
     if len(devices) != placement.num_devices:
-        has_none = len(devices) == 1 and devices[0].platform == "cpu"
-        hint = ": no accelerator was found, and --cpu_devices simulates devices" if has_none else ""
+        hint = f": {NO_ACCELERATOR}" if _has_fallen_back(devices) else ""
         raise ConfigError(
             f"split = {placement.num_devices} devices ({_product(config)}) must equal the "
             f"{len(devices)} {devices[0].platform} devices here{hint}"
@@ -179,6 +180,16 @@ def make_meshes(config: Config) -> Meshes:
             "bfloat16, for cuDNN's attention"
         )
     return Meshes.make(placement, devices)
+
+
+def check_accelerator():
+    """ConfigError if JAX has fallen back on the CPU; for what was told to simulate no devices."""
+    if _has_fallen_back(jax.devices()):
+        raise ConfigError(f"--cpu_devices = 0 must be 1 or more here: {NO_ACCELERATOR}")
+
+
+def _has_fallen_back(devices: list[jax.Device]) -> bool:
+    return len(devices) == 1 and devices[0].platform == "cpu"
 
 
 def _product(config: Config) -> str:

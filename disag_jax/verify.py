@@ -22,7 +22,7 @@ from disag_jax.config import Config, ConfigError
 from disag_jax.errors import RunError
 from disag_jax.report import read_records
 from disag_jax.saved_checkpoint import SavedCheckpoint
-from disag_jax.workdir import Workdir
+from disag_jax.workdir import Workdir, new_directory
 
 CHECKS = ("resume",)
 # Fields of a record that say how fast the machine was.
@@ -96,17 +96,12 @@ def main(check: str, config: Config, workdir: str | None, num_steps: int, flags:
         raise ConfigError(
             f"--steps = {num_steps} must be even and at most run.num_steps = {config.run.num_steps}"
         )
-    with _temporary_directory() if workdir is None else _new_directory(workdir) as directory:
+    with (
+        _temporary_directory()
+        if workdir is None
+        else contextlib.nullcontext(new_directory(workdir)) as directory
+    ):
         print(f"{check}: {verify_resume(config, directory, num_steps, *flags)}")
-
-
-@contextlib.contextmanager
-def _new_directory(workdir: str):
-    directory = pathlib.Path(workdir).resolve()
-    if directory.exists() and any(directory.iterdir()):
-        raise ConfigError(f"workdir = {workdir!r} must be a new or empty directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    yield directory
 
 
 @contextlib.contextmanager
@@ -131,7 +126,7 @@ if __name__ == "__main__":
         "workdir", None, "directory for the runs that are compared; default: a temporary one"
     )
     _STEPS = flags.DEFINE_integer("steps", 6, "optimizer steps; the stop is after half of them")
-    _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "simulate this many devices on the CPU")
+    _CPU_DEVICES = cli.define_cpu_devices_flag()
     _DETERMINISTIC = flags.DEFINE_bool("deterministic", False, "as of train.py, for GPUs")
     flags.mark_flags_as_required(["config"])
 

@@ -113,6 +113,29 @@ class Workdir:
             )
 
 
+def check_new(path: str):
+    """ConfigError if something lies where `new_directory` is to make one."""
+    directory = pathlib.Path(path)
+    try:
+        is_taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if is_taken:
+        raise ConfigError(f"workdir = {path!r} must be a new or empty directory")
+
+
+def new_directory(path: str) -> pathlib.Path:
+    """Makes a directory for several runs, absolute; ConfigError if it is not new or empty."""
+    check_new(path)
+    directory = pathlib.Path(path).resolve()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return directory
+
+
 def _unwritable(path: str, error: OSError) -> ConfigError:
     return ConfigError(f"workdir = {path!r} must be a writable directory: {error.strerror}")
 

@@ -1,7 +1,7 @@
 """Start-up of the JAX runtime: the one place that sets XLA flags and environment variables.
 
-What a user has set in the environment stays; each default can be overridden there. JAX and XLA read
-all of it when the first device is asked for.
+What a user has set in the environment stays, but for what a named network needs; each default can
+be overridden there. JAX and XLA read all of it when the first device is asked for.
 """
 
 import os
@@ -59,8 +59,10 @@ def start(cpu_devices: int, *, deterministic: bool = False, network: str = "defa
     network: of `NETWORKS`.
     """
     os.environ.update(NETWORKS[network])
-    for name, value in NETWORK_LOG.items() if NETWORKS[network] else ():
-        os.environ.setdefault(name, value)
+    if NETWORKS[network]:
+        # With less of it the log would not say what is checked.
+        os.environ["NCCL_DEBUG"] = NETWORK_LOG["NCCL_DEBUG"]
+        os.environ.setdefault("NCCL_DEBUG_FILE", NETWORK_LOG["NCCL_DEBUG_FILE"])
     if cpu_devices:
         simulate_cpu_devices(cpu_devices)
         return

@@ -4,13 +4,16 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import cases as cases_lib
 from benchmarks.cases import Case
 from configs import balanced
+from disag_jax.bench_step import NothingTimed
 from disag_jax.errors import ConfigError, RunError
 from disag_jax.planner import hardware
 
@@ -118,6 +121,34 @@ cases.run([case(number) for number in range(3)], pathlib.Path({str(out)!r}), 60,
         results,
         missing,
     )
+
+
+def test_steps_that_compile_are_not_timed(monkeypatch):
+    steps = {"loss": 1.0, "expert_counts": np.ones((1, 4))}
+    compiled = [True, False, True, False, False]
+    stepper = types.SimpleNamespace(
+        check_memory=lambda: None, manager=None, chooser=types.SimpleNamespace(current=None),
+        compiled_program=lambda bucket: None,
+    )  # fmt: skip
+    monkeypatch.setattr(cases_lib, "needed_bytes", lambda manager, program: {"worker": 2**30})
+
+    def run_steps(stepper, num_steps):
+        return [60.0, 5.0, 60.0, 3.0, 5.0], [steps | {"compiled": one} for one in compiled]
+
+    monkeypatch.setattr(cases_lib, "run_steps", run_steps)
+    assert cases_lib.measure(case(0), stepper)["seconds"] == 4.0
+    compiled[3:] = True, True
+    with pytest.raises(NothingTimed, match="each of the 3 steps to be timed compiled"):
+        cases_lib.measure(case(0), stepper)
+
+
+def test_a_case_without_a_timed_step_is_said(measured, tmp_path, monkeypatch):
+    def measure(one, stepper):
+        raise NothingTimed("all compiled")
+
+    monkeypatch.setattr(cases_lib, "measure", measure)
+    _, missing = cases_lib.run([case(0)], tmp_path / "out.json", 60, 1, hardware=H100)
+    assert missing == "group 0: split 0 failed: all compiled"
 
 
 def test_results_of_something_else_are_not_gone_on_with(measured, tmp_path):

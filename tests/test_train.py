@@ -264,6 +264,10 @@ def meshes_on(devices, monkeypatch, **changes):
 def test_no_accelerator_is_said_with_what_to_do(monkeypatch):
     with pytest.raises(ConfigError, match=r"must equal the 1 cpu devices here: no accelerator"):
         meshes_on([FakeDevice("cpu", "cpu")], monkeypatch)
+    with pytest.raises(ConfigError, match=r"--cpu_devices = 0 must be 1 or more here: no accel"):
+        training.check_accelerator()
+    monkeypatch.setattr(training.jax, "devices", lambda: [FakeDevice("gpu", "H100")])
+    training.check_accelerator()
 
 
 def test_gpus_of_several_kinds_are_refused(monkeypatch):
