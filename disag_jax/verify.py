@@ -79,9 +79,11 @@ def _require_equal(first, second, step: int, field: str):
 
 def _train(config: Config, workdir: pathlib.Path, *flags: str):
     command = launch.train_command(config, workdir, *flags)
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode:
-        raise RunError(f"{' '.join(flags)}: {launch.last_line(process.stderr)}")
+    with tempfile.TemporaryFile("w+") as errors:
+        code = launch.run(command, stdout=subprocess.DEVNULL, stderr=errors)
+        errors.seek(0)
+        if code:
+            raise RunError(f"{' '.join(flags)}: {launch.last_line(errors.read())}")
 
 
 def main(check: str, config: Config, workdir: str | None, num_steps: int, flags: list[str]):
