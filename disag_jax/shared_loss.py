@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from disag_jax.conditional import update_if
 from disag_jax.geometry import Geometry
 from layers.head import HeadParams, cross_entropy, cross_entropy_and_grads
 from mesh.placement import WORKER, Placement
@@ -92,22 +93,19 @@ class SharedLoss:
         if self.all_own:
             return of(*own, grads)
         shared = self._scatter(h_TD, label_T) if self.helpers else None
-        no_own, no_share = (
+        dh_own, dh_share = (
             jnp.zeros((tokens, self.geometry.D), h_TD.dtype)
             for tokens in (self.own_tokens, self.share_tokens)
         )
-
-        def own_part(grads):
-            total, dh_own, grads = of(*own, grads)
-            return total, dh_own, no_share, grads
-
-        def shared_part(grads):
-            if shared is None:
-                return jnp.zeros((), self.geometry.wide_dtype), no_own, no_share, grads
-            total, dh_share, grads = of(*shared, grads)
-            return total, no_own, dh_share, grads
-
-        total, dh_own, dh_share, grads = lax.cond(is_owner, own_part, shared_part, grads)
+        total = jnp.zeros((), self.geometry.wide_dtype)
+        # Two conditionals: with a part in either branch of one, XLA copies the sums.
+        total, dh_own, grads = update_if(
+            is_owner, lambda total, dh, grads: of(*own, grads), total, dh_own, grads
+        )
+        if shared is not None:
+            total, dh_share, grads = update_if(
+                ~is_owner, lambda total, dh, grads: of(*shared, grads), total, dh_share, grads
+            )
         with jax.named_scope("gather_loss_gradient"):
             back = [[(b, a) for a, b in pairs] for pairs in self.pairs]
             parts = [lax.ppermute(dh_share, WORKER, pairs) for pairs in back]

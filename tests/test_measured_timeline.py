@@ -17,6 +17,7 @@ from disag_jax.planner import hardware, pictures, timeline
 from disag_jax.planner.prediction import predict
 from disag_jax.planner.timeline import Span
 from disag_jax.schedule import IDLE, Column, schedule_of
+from disag_jax.shared_loss import tokens_of_workers
 from disag_jax.trace import Operation, Operations
 from mesh.roles import Role
 
@@ -86,6 +87,15 @@ class HandMade:
                 found += self._period(worker, segment, period, at, is_last)
         return found
 
+    def _has_loss(self, worker: Worker) -> bool:
+        """Whether it owns tokens of a loss, or helps with them."""
+        split, model = self.config.split, self.config.model
+        _, helpers, _ = tokens_of_workers(
+            self.config.batch.tokens_per_worker, split.loss_share, placement_of(self.config)
+        )
+        owns = worker.role is Role.ATTENTION or split.colocated
+        return helpers > 0 or (owns and worker.stage == model.num_layers % split.stages)
+
     def _period(self, worker: Worker, segment, period: int, at: int, is_last: bool):
         loop = f"shard_map/{segment.name}/while/body/closed_call"
         found = [
@@ -108,7 +118,7 @@ class HandMade:
                     f"{loop}/cond/branch_1_fun/{role}_{kind}/x",
                     f"{kind} of micro-batch {micro_batch}, layer {layer}",
                 )
-        if self.schedule.loss[period] != IDLE:
+        if self.schedule.loss[period] != IDLE and self._has_loss(worker):
             name = f"loss of micro-batch {self.schedule.loss[period]}"
             parts["loss"] = f"{loop}/cond/branch_1_fun/loss/while/body/x", name
         for part, (scope, name) in parts.items():

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from configs import qwen3_235b
 from disag_jax.config import SplitConfig
 from disag_jax.planner import hardware, mixed_hop
+from disag_jax.planner.costs import Costs
 from disag_jax.planner.mixed_hop import make_mixed_schedule
-from disag_jax.planner.prediction import predict
+from disag_jax.planner.prediction import predict, simulate_step, total_seconds
+from disag_jax.planner.sizes import Sizes
 from disag_jax.schedule import make_schedule
 from disag_jax.schedule_check import check
 
@@ -123,7 +125,9 @@ def test_equal_hops_are_priced_as_the_planner_predicts_them():
         alike.split.hop = hop
         # Messages without padding have the same size as the planner's at an even load.
         predicted = predict(alike, h800, 1.0)
-        assert found[hop, hop].seconds == pytest.approx(predicted.step_seconds)
+        costs = Costs(Sizes.of(alike, 1.0), h800, copies_boxes=False)
+        seconds = total_seconds(costs, simulate_step(costs))
+        assert found[hop, hop].seconds == pytest.approx(seconds)
         assert found[hop, hop].stash_bytes == predicted.memory["expert worker"].stash
 
 

@@ -85,7 +85,7 @@ class Price:
 
 def prices(config: Config, hardware: Hardware) -> dict[tuple[int, int], Price]:
     """The price of a disaggregated config's step by (forward hop, backward hop)."""
-    costs = Costs(Sizes.of(config), hardware)
+    costs = Costs(Sizes.of(config), hardware, copies_boxes=False)
     sizes = config.model.num_layers, config.split.stages, config.batch.micro_batches
     schedules = {(hop, hop): make_schedule(*sizes, hop) for hop in (1, 2)}
     schedules[FORWARD_HOP, BACKWARD_HOP] = make_mixed_schedule(*sizes)
