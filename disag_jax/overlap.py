@@ -26,6 +26,7 @@ from disag_jax.nccl_log import check_network
 from disag_jax.profiling import Profiler
 from disag_jax.step import Stepper
 from disag_jax.training import make_meshes
+from disag_jax.workdir import check_new
 
 START = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .* (?:collective-permute|all-to-all)-start\(")
 DONE = re.compile(r" (?:collective-permute|all-to-all)-done\(%?([\w.-]+)\)")
@@ -165,10 +166,7 @@ def main(config: Config, workdir: str, network: str):
     split = config.split
     if split.colocated and split.overlap is Overlap.NONE:
         raise ConfigError("split.overlap = none must be chunked or interleaved to hide anything")
-    directory = pathlib.Path(workdir)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        # Two traces would be read as one.
-        raise ConfigError(f"--workdir = {workdir!r} must be an empty directory, or not exist yet")
+    check_new(workdir)  # two traces would be read as one
     enable_float64(config)
     stepper = Stepper(config, make_meshes(config))
     stepper.check_memory()
@@ -177,7 +175,7 @@ def main(config: Config, workdir: str, network: str):
     for transfer in steady:
         print(f"{transfer.scope}: {transfer.conditionals} conditionals between start and end")
     batches, state = load_inputs(config).train, stepper.init(config.run.seed)
-    profiler = Profiler(directory, range(WARM_UP, WARM_UP + TRACED))
+    profiler = Profiler(pathlib.Path(workdir), range(WARM_UP, WARM_UP + TRACED))
     for step in range(WARM_UP + TRACED):
         profiler.before_step(state)
         state, _ = stepper.train_step(state, stepper.read_batch(batches, step))

@@ -114,7 +114,7 @@ class Workdir:
 
 
 def check_new(path: str):
-    """ConfigError if something lies where `new_directory` is to make one."""
+    """ConfigError if something lies where a run is to make a directory of its own."""
     directory = pathlib.Path(path)
     try:
         is_taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))

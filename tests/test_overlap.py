@@ -119,7 +119,7 @@ def test_a_trace_without_transfers_proves_nothing():
 def test_a_directory_with_another_trace_is_refused(tmp_path):
     (tmp_path / "old").touch()
     for workdir in (tmp_path, tmp_path / "old"):
-        with pytest.raises(ConfigError, match=r"--workdir = .* must be an empty directory, or not"):
+        with pytest.raises(ConfigError, match=r"workdir = .* must be a new or empty directory"):
             overlap.main(balanced.get_config(), str(workdir), "default")
 
 

@@ -21,10 +21,9 @@ def with_best_share(costs: Costs) -> tuple[Costs, float]:
     step shrinks, because a worker may be ahead by more than this period's difference. All of it is
     tried too: then nothing is exchanged.
     """
-    best = _timed(costs, None)
-    config = costs.config
-    chunks = _even_chunks(best[0])
-    if config.split.colocated or chunks is None:
+    best, config = _timed(costs, None), costs.config
+    chunks = None if config.split.colocated else _even_chunks(best[0])
+    if chunks is None:
         return best
     best = min(best, _timed(costs, 1.0), key=_seconds)
     tokens, chunk, last = config.batch.tokens_per_worker, config.run.loss_chunk, math.inf
