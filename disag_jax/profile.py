@@ -148,7 +148,11 @@ def measure_units(shape: Config, say) -> tuple[dict[str, list[dict]], dict[str, 
 
 
 def variants(config: Config) -> list[tuple[str, Config]]:
-    """Shapes around the config in which tokens, sequence, choices, experts and vocabulary vary."""
+    """Shapes around the config in which tokens, sequence, choices, experts and vocabulary vary.
+
+    Wide experts are fewer and narrow ones chosen more often: where products and bytes grow
+    together in all variants, a fit cannot tell which of them takes the time.
+    """
     tokens, length = config.batch.tokens_per_worker, config.batch.sequence_length
     model = config.model
     wanted = [
@@ -157,8 +161,9 @@ def variants(config: Config) -> list[tuple[str, Config]]:
         {"sequence_length": length // 2},
         {"tokens_per_worker": tokens // 2, "sequence_length": length // 4},
         {"top_k": model.top_k // 2},
-        {"top_k": 2 * model.top_k},
+        {"top_k": 2 * model.top_k, "expert_width": model.expert_width // 2},
         {"num_experts": model.num_experts // 2, "vocab_size": model.vocab_size // 2},
+        {"num_experts": model.num_experts // 2, "expert_width": 2 * model.expert_width},
         {"tokens_per_worker": tokens // 4, "sequence_length": length // 4,
          "top_k": model.top_k // 2},
     ]  # fmt: skip

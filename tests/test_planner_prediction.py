@@ -56,27 +56,30 @@ def test_data_sheet_units_are_near_the_measured_ones():
         assert 1e3 * units[name] == pytest.approx(measured, rel=0.25), name
 
 
-def measured_with(placement: str):
-    """What `compare` measured over NVLink (benchmarks/results): (config, its results)."""
+def measured_cases():
+    """What `compare` measured over NVLink (benchmarks/results): (config, result) of each run."""
     kept = json.loads((RESULTS / "compare_nvlink.json").read_text())
-    (found,) = (m for m in kept["measurements"] if m["placement"] == placement)
-    config = balanced.get_config()
-    assert found["tokens_per_worker"] == config.batch.tokens_per_worker
-    return twin_of(config) if placement == COLOCATED.value else config, found
+    assert len(kept["candidates"]) == 4
+    for found in kept["candidates"]:
+        config = balanced.get_config()
+        tokens = config.batch.tokens_per_worker * config.batch.micro_batches
+        config.batch.tokens_per_worker = found["tokens_per_worker"]
+        config.batch.micro_batches = tokens // found["tokens_per_worker"]
+        config.validate()
+        yield twin_of(config) if found["placement"] == COLOCATED.value else config, found
 
 
-@pytest.mark.parametrize("placement", [PlacementKind.DISAGGREGATED, COLOCATED])
-def test_the_measured_profile_predicts_the_measured_step(placement):
-    config, measured = measured_with(placement.value)
-    found = predict(config, hardware.load("h100x2_nvlink"))
-    assert found.step_seconds == pytest.approx(measured["step_seconds"], rel=0.05)
-    peaks = measured["peak_memory_gib"]
-    for kind, memory in found.memory.items():
-        role = kind.removesuffix(" worker")
-        (peak,) = {round(gib, 2) for name, gib in peaks.items() if role in name}
-        assert memory.total / 2**30 == pytest.approx(peak, rel=0.05), kind
-    sheet = predict(config, H100)
-    assert sheet.step_seconds == pytest.approx(measured["step_seconds"], rel=0.11)
+def test_the_measured_profile_predicts_the_measured_steps():
+    for config, measured in measured_cases():
+        found = predict(config, hardware.load("h100x2_nvlink"))
+        assert found.step_seconds == pytest.approx(measured["step_seconds"], rel=0.05)
+        peaks = measured["peak_memory_gib"]
+        for kind, memory in found.memory.items():
+            role = kind.removesuffix(" worker")
+            (peak,) = {round(gib, 2) for name, gib in peaks.items() if role in name}
+            assert memory.total / 2**30 == pytest.approx(peak, rel=0.05), kind
+        sheet = predict(config, H100)
+        assert sheet.step_seconds == pytest.approx(measured["step_seconds"], rel=0.11)
 
 
 @st.composite

@@ -7,15 +7,17 @@ import json
 import numpy as np
 import pytest
 
+from configs import balanced
 from disag_jax import bench_phases, bench_transfer, profile, timing
 from disag_jax.bench_units import Rates
 from disag_jax.config import BatchConfig, ConfigError, Dtype, SplitConfig
 from disag_jax.errors import RunError
 from disag_jax.geometry import buckets
 from disag_jax.planner import hardware
-from disag_jax.planner.costs import Work
+from disag_jax.planner.costs import Work, expert_work
 from disag_jax.planner.fits import fit_transfer, fit_unit, fit_update
 from disag_jax.planner.prediction import predict
+from disag_jax.planner.sizes import Sizes
 from tests import support
 
 
@@ -105,14 +107,23 @@ def test_variants_are_valid_and_vary_what_units_depend_on():
     config = support.small_config(SplitConfig(), top_k=4, num_experts=16)
     config.batch = BatchConfig(sequence_length=64, tokens_per_worker=128, micro_batches=1)
     found = [variant.validate() for _, variant in profile.variants(config)]
-    assert len(found) == 8
+    assert len(found) == 9
     for values in (
         {(v.batch.tokens_per_worker, v.batch.sequence_length) for v in found},
         {v.model.top_k for v in found},
         {v.model.num_experts for v in found},
         {v.model.vocab_size for v in found},
+        {v.model.expert_width for v in found},
     ):
         assert len(values) > 1
+
+
+def test_variants_tell_products_bytes_and_overhead_apart():
+    variants = [variant for _, variant in profile.variants(balanced.get_config())]
+    for unit in ("expert_forward", "expert_backward"):
+        work = [expert_work(Sizes.of(variant))[unit] for variant in variants]
+        columns = np.array([(1, one.products, one.num_bytes) for one in work])
+        assert np.linalg.cond(columns / columns.max(axis=0)) < 25
 
 
 def bfloat16(config):

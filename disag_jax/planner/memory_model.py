@@ -7,7 +7,7 @@ it runs is an estimate: the arrays that its backward pass must have at the same 
 
 import dataclasses
 
-from disag_jax.config import Overlap
+from disag_jax.config import Overlap, Recompute
 from disag_jax.memory import in_words
 from disag_jax.planner.hardware import Hardware
 from disag_jax.planner.simulator import stash_slots
@@ -140,18 +140,33 @@ def _workspaces(sizes: Sizes) -> dict[str, float]:
     """Arrays that the backward units and the loss need at once."""
     config, model = sizes.config, sizes.config.model
     item, wide = sizes.item_bytes, sizes.wide_bytes
-    tokens, inner = config.batch.tokens_per_worker, model.expert_width
+    tokens = config.batch.tokens_per_worker
     hidden = tokens * model.d_model * item
     heads = tokens * (model.num_heads + model.num_kv_heads) * model.head_dim * item
     chunk = min(tokens, config.run.loss_chunk) * model.vocab_size
-    part = sizes.in_chunks(config.split.backward_chunks)
     return {
         # Hidden states and their gradients at four places; q k v, output and their gradients;
         # scores of the router.
         "attention": 8 * hidden + 4 * heads + 3 * tokens * model.num_experts * wide,
-        # Sorted rows and gradients at both ends; gate, up and product with theirs; the rows.
-        "expert": part.bucket.sorted_rows * item * (3 * model.d_model + 6 * inner)
-        + 3 * part.rows * model.d_model * item,
+        "expert": _expert_workspace(sizes.in_chunks(config.split.backward_chunks)),
         # Logits, probabilities, and their gradient in the compute type.
         "loss": chunk * (2 * wide + item) + 4 * hidden,
     }
+
+
+def _expert_workspace(sizes: Sizes) -> float:
+    """What the expert's backward unit holds of one chunk, beside what it takes from the stash.
+
+    Counted in programs compiled for two H100. Gate and up, if they are made again, are gone before
+    the gradient of the rows is there as a third array; co-located there are never three.
+    """
+    config, model, item = sizes.config, sizes.config.model, sizes.item_bytes
+    hidden = sizes.bucket.sorted_rows * model.d_model * item
+    inner = sizes.bucket.sorted_rows * model.expert_width * item
+    again = 0 if config.run.recompute is Recompute.NONE else 2 * inner
+    # Sorted rows and their gradient; the gradients of gate and up, and their product.
+    both = 2 * hidden + 3 * inner
+    if config.split.colocated:
+        return both + again
+    # The rows that came, that go, and between.
+    return both + max(hidden, again) + 3 * sizes.rows * model.d_model * item
