@@ -80,7 +80,8 @@ def sweep_cases(
         found = search.search(base, hardware, num_devices, kind, fixed)
         group = f"{config.model.num_layers} layers, sequence {length}, width {width}, top-k {top_k}"
         if found is None:
-            left_out.append(f"{group}: {search.refusal(base, hardware, num_devices, fixed)}")
+            why = search.refusal(base, hardware, num_devices, fixed, placements=(kind,))
+            left_out.append(f"{group}: {why}")
             continue
         twins = twins_of(found.config, hardware)
         ratio = communication_over_compute(twins[0], hardware)

@@ -316,15 +316,16 @@ def refusal(
     num_devices: int,
     fixed: Fixed | None = None,
     load_factor: float | None = None,
+    placements: tuple[PlacementKind, ...] = PLACEMENTS,
 ) -> ConfigError:
-    """Why no split can be had: what is over, by how much, where it is over least.
+    """Why no split of some placements can be had: what is over, by how much, where it is least.
 
     Of the disaggregated split that comes closest each role is named.
     """
     fixed = fixed or Fixed()
     wanted = f" with {fixed}" if str(fixed) else ""
     found = []
-    for placement in PLACEMENTS:
+    for placement in placements:
         where, memory = _closest(config, hardware, num_devices, placement, fixed, load_factor)
         if where:
             found.append(
