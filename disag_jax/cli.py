@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from disag_jax.config import Config
-from disag_jax.errors import RUN_ERROR, USER_ERROR, ConfigError, RunError
+from disag_jax.errors import INTERRUPTED, RUN_ERROR, USER_ERROR, ConfigError, RunError
 
 # What absl says of a flag that is marked as required.
 MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")
@@ -60,6 +60,8 @@ def run(main, arguments: str | None = None):
             _fail(str(error))
         except RunError as error:
             _fail(str(error), RUN_ERROR)
+        except KeyboardInterrupt:
+            _fail("interrupted", INTERRUPTED)
         except BrokenPipeError:
             # Whoever read the output, such as `head`, has had enough.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

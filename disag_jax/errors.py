@@ -1,6 +1,6 @@
 """The two ways in which a command ends without a traceback."""
 
-USER_ERROR, RUN_ERROR = 2, 1  # exit codes
+USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130  # exit codes
 
 
 class ConfigError(ValueError):

@@ -58,15 +58,15 @@ def train(
     config = auto_placement.resolve(config, hardware)
     config.validate()
     prediction = predict(config, load(hardware)) if hardware else None
-    with Watchdog(config) as watchdog:
+    with Watchdog(config) as watchdog, Workdir(workdir) as directory:
         return _train(
-            config, workdir, watchdog, resume, step, stop_after, profile_steps, prediction
+            config, directory, watchdog, resume, step, stop_after, profile_steps, prediction
         )
 
 
 def _train(
     config: Config,
-    workdir: str,
+    directory: Workdir,
     watchdog: Watchdog,
     resume: bool,
     step: int | None,
@@ -84,7 +84,6 @@ def _train(
     inputs = processes.on_each(lambda: load_inputs(config))
     digest, held_out = processes.on_each(lambda: (inputs.train.digest(), inputs.held_out.digest()))
     processes.check_same_data(training=digest, held_out=held_out)
-    directory = Workdir(workdir)
     processes.on_first(lambda: directory.open(config, resume=resume, data_digest=digest))
     processes.check_same_workdir(directory)
     watchdog.at("compiling")

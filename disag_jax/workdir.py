@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import fcntl
 import json
 import pathlib
 import tempfile
@@ -11,12 +12,15 @@ from disag_jax.config import Config, ConfigError
 from disag_jax.files import write_json
 
 MARK = "started"
+# Held by the process that writes to the directory, for as long as it lives.
+LOCK = "lock"
 
 
 class Workdir:
-    """A run's directory and what lies in it."""
+    """A run's directory and what lies in it; a context that gives it free at its end."""
 
     def __init__(self, path: str):
+        self._lock = None
         self.path = pathlib.Path(path)
         self.config = self.path / "config.json"
         self.data = self.path / "data.json"
@@ -25,12 +29,20 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
 
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *_):
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def open(self, config: Config, *, resume: bool, data_digest: str | None = None):
         """Creates or reopens the directory; what a run of `config` is, `write_config` says in it.
 
         A new run wants a directory without another run in it; a resumed one wants the directory of
         the same experiment on the same data (`Batches.digest`; None is any). ConfigError otherwise,
-        or if it cannot be written.
+        if it cannot be written, or while another run writes to it.
         """
         path = str(self.path)
         try:
@@ -52,6 +64,20 @@ class Workdir:
         if resume:
             self._check_same_run(config)
             self._check_same_data(data_digest)
+        self._take()
+
+    def _take(self):
+        """ConfigError if another process has the directory: two would mix their checkpoints."""
+        try:
+            self._lock = (self.path / LOCK).open("a")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.__exit__()
+            raise ConfigError(
+                f"workdir = {str(self.path)!r} must be free: another run is still writing to it"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
 
     def mark(self, token: str):
         """Leaves a token that every process must find in its own directory."""

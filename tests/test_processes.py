@@ -146,12 +146,15 @@ def test_what_one_process_alone_sees_ends_all(name, config_file, tmp_path):
 
 @pytest.mark.timeout(TIMEOUT_SECONDS)
 def test_another_version_of_the_code_is_refused(config_file, tmp_path):
+    """One whose configs have a field more."""
     copy = tmp_path / "copy"
     for package in ("configs", "disag_jax", "layers", "mesh"):
         shutil.copytree(REPOSITORY / package, copy / package)
     shutil.copy(REPOSITORY / "train.py", copy)
-    with (copy / "layers/norm.py").open("a") as file:
-        file.write("# changed\n")
+    sections = copy / "disag_jax/config_sections.py"
+    field = "    straggler_factor: float = 1.5\n"
+    assert sections.read_text().count(field) == 1
+    sections.write_text(sections.read_text().replace(field, f"{field}    another: int = 3\n"))
     port, running = free_port(), []
     for process, script in enumerate(("train.py", str(copy / "train.py"))):
         joined = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={process}")

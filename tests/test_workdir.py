@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -125,3 +127,25 @@ def test_a_run_that_was_killed_before_its_first_step_can_begin_again(tmp_path):
     (workdir.checkpoints / "2").mkdir()
     with pytest.raises(ConfigError, match="must be new: it holds another run's checkpoints"):
         workdir.open(small_config(), resume=False)
+
+
+def test_a_directory_is_one_runs_at_a_time(tmp_path):
+    config = small_config()
+    first, refused = workdir_of(config, tmp_path), "must be free: another run is still writing"
+    with first, pytest.raises(ConfigError, match=refused):
+        Workdir(str(first.path)).open(config, resume=True)
+    # Free again, also where the one that had it was killed: the lock is its process's.
+    command = "import sys; from disag_jax.workdir import Workdir; from tests import test_workdir;"
+    command += f"workdir = Workdir({str(first.path)!r});"
+    command += "workdir.open(test_workdir.small_config(), resume=True);"
+    command += "print('taken', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "taken\n"
+    with pytest.raises(ConfigError, match=refused):
+        Workdir(str(first.path)).open(config, resume=True)
+    other.kill()
+    other.wait()
+    with Workdir(str(first.path)) as again:
+        again.open(config, resume=True)
