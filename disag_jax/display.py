@@ -1,5 +1,7 @@
 """What a run shows while it runs: a progress bar in a terminal, plain lines elsewhere."""
 
+import contextlib
+import os
 import sys
 
 import jax
@@ -43,9 +45,10 @@ class PlainDisplay(Display):
         try:
             print(text, flush=True)
         except BrokenPipeError:
-            raise  # whoever read it has had enough
+            # Whoever read it is gone, such as `tee`: that costs lines, and not the run.
+            _read_by_nobody()
         except OSError:
-            pass  # a full disk costs lines, not the run
+            pass  # nor does a full disk
 
     def record(self, record: dict):
         self.say(line(record, self._num_steps))
@@ -150,3 +153,11 @@ def _layers(record: dict) -> list[str]:
 def _load(record: dict) -> float:
     """Largest over mean expert load, of the worst layer."""
     return max(record["expert_load"])
+
+
+def _read_by_nobody():
+    """Has what is still printed go nowhere, and says so."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError):
+        message = "nobody reads the output any more; training goes on"
+        print(f"warning: {message}", file=sys.stderr, flush=True)

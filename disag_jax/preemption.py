@@ -22,6 +22,7 @@ class StopRequest:
         """stop_after: step after which to stop in any case."""
         self._stop_after = stop_after
         self._signalled = threading.Event()
+        self._is_reached = False
         self._previous = None
 
     def __enter__(self) -> "StopRequest":
@@ -35,7 +36,11 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._previous)
 
     def reached(self, step: int) -> bool:
-        """Whether to stop now that `step` is done; every process must ask after every step."""
+        """Whether to stop now that `step` is done; every process must ask after every step.
+
+        Once it is True it stays so, for a caller that cannot stop yet.
+        """
         # False where there is no service, which is in a single process.
         everyone_stops = multihost_utils.reached_preemption_sync_point(step)
-        return everyone_stops or self._signalled.is_set() or step == self._stop_after
+        self._is_reached |= everyone_stops or self._signalled.is_set() or step == self._stop_after
+        return self._is_reached

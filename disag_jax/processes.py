@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import os
 import pathlib
 import secrets
@@ -18,7 +17,7 @@ from jax.experimental import multihost_utils
 from disag_jax.config import Config
 from disag_jax.errors import ConfigError, RunError
 from disag_jax.last_words import LastWords
-from disag_jax.workdir import Workdir
+from disag_jax.workdir import Workdir, named_fields
 
 # A sentence for the other processes, in bytes; longer ones are cut.
 SENTENCE_BYTES = 1024
@@ -188,7 +187,7 @@ def check_same_config(config: Config):
     # By itself: configs of other code may have another number of fields, and what all exchange must
     # be of one size.
     _check_same([("the code", _code())])
-    _check_same(_flatten("config", dataclasses.asdict(config)))
+    _check_same((f"config.{name}", value) for name, value in named_fields(config))
 
 
 def check_same_data(**digests: str):
@@ -232,14 +231,6 @@ def _code() -> str:
         for path in sorted((root / package).rglob("*.py")):
             digest = zlib.crc32(path.read_bytes(), zlib.crc32(path.name.encode(), digest))
     return f"jax {jax.__version__}, files {digest:08x}"
-
-
-def _flatten(prefix: str, tree: dict):
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(f"{prefix}.{name}", value)
-        else:
-            yield f"{prefix}.{name}", value
 
 
 def _check_numbers(num_processes: int | None, process_id: int | None):

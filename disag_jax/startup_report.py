@@ -31,6 +31,13 @@ def start_up(stepper: Stepper, data: str) -> str:
     return "\n".join(sections)
 
 
+def resumed(step: int, changed: list[tuple[str, object, object]]) -> str:
+    """Where a resumed run goes on from, and a line for each field of its config that changed."""
+    lines = [f"resumed   from step {step}"]
+    lines += [f"          {name}: {before!r} -> {now!r}" for name, before, now in changed]
+    return "\n".join(lines)
+
+
 def stopped(step: int) -> str:
     """One line for a run that was told to stop before its end."""
     return f"step {step:>5}  stopped as told, and saved; --resume goes on from here"

@@ -22,6 +22,7 @@ from disag_jax.planner.hardware import load
 from disag_jax.planner.prediction import Prediction, predict
 from disag_jax.preemption import StopRequest
 from disag_jax.profiling import Profiler, Stopwatch
+from disag_jax.saved_checkpoint import saved_steps
 from disag_jax.state import TrainState
 from disag_jax.step import Stepper
 from disag_jax.stragglers import Stragglers
@@ -86,6 +87,11 @@ def _train(
     processes.check_same_data(training=digest, held_out=held_out)
     processes.on_first(lambda: directory.open(config, resume=resume, data_digest=digest))
     processes.check_same_workdir(directory)
+    before = saved_steps(directory.checkpoints) if resume else []
+    if before:
+        watchdog.last_good(
+            f"the newest checkpoint in {directory.checkpoints} is of step {before[-1]}"
+        )
     watchdog.at("compiling")
     stepper = Stepper(config, meshes)
     stepper.check_memory()
@@ -128,6 +134,8 @@ def _train(
     )
     try:
         outputs.display.say(startup_report.start_up(stepper, inputs.description))
+        if resume:
+            outputs.display.say(startup_report.resumed(state.step, directory.changed))
         read = functools.partial(stepper.read_batch, inputs.train)
         with (
             StopRequest(stop_after) as stop,
@@ -230,7 +238,9 @@ def _loop(
             meter.add(metrics | watch.seconds | {"step_seconds": ended - began})
             outputs.display.step(state.step, metrics["loss"])
         began = ended
-        stopping = stop.reached(state.step)
+        # After a skipped step a run that is told to stop goes on to the next good one: what it
+        # saved would take the place of older checkpoints, of which a diverged run may need one.
+        stopping = stop.reached(state.step) and not metrics["skipped"]
         last = stopping or state.step == run.num_steps
         if (_due(state.step, run.log_every) or last) and not meter.is_empty:
             record, warnings = meter.record(state.step), []
@@ -239,12 +249,13 @@ def _loop(
                 record, warnings = stragglers.sample(record)
             outputs.record(record, warnings)
             outputs.settle(state.step)
-        saves = stopping or run.checkpoint_every > 0
         checkpoint_is_due |= _due(state.step, run.checkpoint_every)
-        # A state whose steps are skipped may be one to go back from: no older one makes way for it.
-        if (checkpoint_is_due and not metrics["skipped"]) or (last and saves):
+        checkpoint_is_due |= last and (stopping or run.checkpoint_every > 0)
+        if checkpoint_is_due and not metrics["skipped"]:
             outputs.save(state, stepper.chooser.memory)
             checkpoint_is_due, began = False, time.perf_counter()
+        elif checkpoint_is_due and last:
+            outputs.display.say("warning: the last step was skipped, so that no checkpoint is made")
         if stopping:
             break
         if run.eval_batches and _due(state.step, run.eval_every) and not last:

@@ -17,10 +17,15 @@ LOCK = "lock"
 
 
 class Workdir:
-    """A run's directory and what lies in it; a context that gives it free at its end."""
+    """A run's directory and what lies in it; a context that gives it free at its end.
+
+    Attributes:
+      changed: (name, value before, value now) of the fields of a resumed run's config that differ
+        from those it was last started with.
+    """
 
     def __init__(self, path: str):
-        self._lock = None
+        self._lock, self.changed = None, []
         self.path = pathlib.Path(path)
         self.config = self.path / "config.json"
         self.data = self.path / "data.json"
@@ -116,6 +121,8 @@ class Workdir:
         The data position is the step, so the sequences of each step must be the same.
         """
         before, run = self.read_config(), f"as in the run that workdir {str(self.path)!r} holds"
+        both = zip(named_fields(before), named_fields(now), strict=True)
+        self.changed = [(name, old, new) for (name, old), (_, new) in both if old != new]
         fields = [("model", field.name) for field in dataclasses.fields(now.model)]
         for section, name in [*fields, ("batch", "sequence_length"), ("run", "seed")]:
             here, there = (getattr(getattr(c, section), name) for c in (now, before))
@@ -130,13 +137,29 @@ class Workdir:
     def _check_same_data(self, digest: str | None):
         try:
             before = json.loads(self.data.read_text())["checksum"]
-        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        except FileNotFoundError:
             return  # of a run before there was such a file
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self.data} must say which data the run had, but cannot be read; without the "
+                "file they are not compared"
+            ) from error
         if None not in (before, digest) and before != digest:
             raise ConfigError(
                 f"data (paths, sources, weights) must be that of the run that workdir "
                 f"{str(self.path)!r} holds, with the checksum {before}, not {digest}"
             )
+
+
+def named_fields(config: Config) -> list[tuple[str, object]]:
+    """The name, such as "model.num_layers", and the value of every field of a config."""
+    fields = []
+    for section, values in dataclasses.asdict(config).items():
+        if isinstance(values, dict):
+            fields += [(f"{section}.{name}", value) for name, value in values.items()]
+        else:
+            fields.append((section, values))
+    return fields
 
 
 def check_new(path: str):

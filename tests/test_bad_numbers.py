@@ -89,12 +89,16 @@ def test_only_steps_in_a_row_stop_the_run():
 
 
 @pytest.mark.slow
-def test_an_update_that_overflows_ends_the_run_with_the_checkpoints_before(small_run):
-    """Gradients are finite until parameters of the size of the learning rate meet in a product."""
+@pytest.mark.parametrize("stop_after", [None, 5])
+def test_an_update_that_overflows_ends_the_run_with_the_checkpoints_before(small_run, stop_after):
+    """Gradients are finite until parameters of the size of the learning rate meet in a product.
+
+    Told to stop after a skipped step, the run saves nothing of what overflowed.
+    """
     config, workdir = small_run
     support.make_plain(config)
     config.optimizer.peak_learning_rate = 1e300
     config.run.num_steps, config.run.checkpoint_every, config.run.eval_batches = 20, 1, 0
     with pytest.raises(NonFiniteLossError, match=r"step 12: .*run.max_skipped_steps = 10 in a row"):
-        training.train(config, workdir)
+        training.train(config, workdir, stop_after=stop_after)
     assert saved_steps(pathlib.Path(workdir, "checkpoints")) == [1, 2]

@@ -9,6 +9,7 @@ import pytest
 
 from disag_jax import training
 from disag_jax.config import ConfigError
+from disag_jax.preemption import StopRequest
 from disag_jax.saved_checkpoint import saved_steps
 from disag_jax.step import Stepper
 from tests import launching, support
@@ -77,3 +78,8 @@ def test_sigterm_to_a_single_process(small_run, monkeypatch):
     assert saved_steps(pathlib.Path(workdir, "checkpoints")) == [2, 3]
     with pytest.raises(ConfigError, match="--stop_after = 3 must be after the start, step 3"):
         training.train(config, workdir, resume=True, stop_after=3)
+
+
+def test_a_run_that_cannot_stop_yet_is_told_again():
+    stop = StopRequest(stop_after=3)
+    assert [stop.reached(step) for step in (2, 3, 4)] == [False, True, True]

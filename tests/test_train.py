@@ -64,7 +64,9 @@ def test_run_then_resume_gives_the_same_next_losses(small_run, capsys):
     with pytest.raises(ConfigError, match=r"compute_dtype = float64 must be bfloat16 for a pre"):
         training.train(config, workdir, resume=True, step=4, hardware="h100")
     assert len(records(workdir)) == written
+    capsys.readouterr()
     training.train(config, workdir, resume=True, step=4)
+    assert "resumed   from step 4\n" in capsys.readouterr().out
     again = [r for r in records(workdir)[written:] if "loss" in r]
     assert [r["step"] for r in again] == [5, 6]
     for first, second in zip(steps[4:], again, strict=True):

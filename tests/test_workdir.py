@@ -149,3 +149,27 @@ def test_a_directory_is_one_runs_at_a_time(tmp_path):
     other.wait()
     with Workdir(str(first.path)) as again:
         again.open(config, resume=True)
+
+
+@pytest.mark.parametrize("damaged", ["{", "{}", "[]"])
+def test_data_that_cannot_be_compared_are_refused(tmp_path, damaged):
+    config = small_config()
+    with workdir_of(config, tmp_path) as workdir:
+        workdir.data.write_text(damaged)
+    with pytest.raises(ConfigError, match=r"data\.json must say which data the run had, but"):
+        Workdir(str(workdir.path)).open(config, resume=True, data_digest="00")
+    workdir.data.unlink()  # as of runs before there was such a file
+    with Workdir(str(workdir.path)) as again:
+        again.open(config, resume=True, data_digest="00")
+
+
+def test_what_changes_when_a_run_goes_on_is_known(tmp_path):
+    config = small_config()
+    with workdir_of(config, tmp_path) as workdir:
+        assert workdir.changed == []
+    config.optimizer.peak_learning_rate, config.run.num_steps = 0.25, 7
+    with Workdir(str(workdir.path)) as again:
+        again.open(config, resume=True)
+    assert [(name, now) for name, _, now in again.changed] == [
+        ("optimizer.peak_learning_rate", 0.25), ("run.num_steps", 7),
+    ]  # fmt: skip
