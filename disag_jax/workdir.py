@@ -51,6 +51,9 @@ class Workdir:
         """
         path = str(self.path)
         try:
+            # Without a config it was killed before its first step, and begins anew.
+            if resume and not (self.config.exists() or (self.path / LOCK).exists()):
+                raise ConfigError(f"workdir = {path!r} must hold a run to resume")
             traces = [p for p in (self.config, self.metrics) if p.exists()]
             # An empty directory is of a run that was killed before its first step.
             if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
@@ -64,9 +67,7 @@ class Workdir:
                 f"workdir = {path!r} must be new: it holds another run's {traces[0].name} "
                 "(--resume goes on with it)"
             )
-        if resume and not self.config.exists():
-            raise ConfigError(f"workdir = {path!r} must hold a run to resume")
-        if resume:
+        if traces and resume:
             self._check_same_run(config)
             self._check_same_data(data_digest)
         self._take()

@@ -173,3 +173,14 @@ def test_what_changes_when_a_run_goes_on_is_known(tmp_path):
     assert [(name, now) for name, _, now in again.changed] == [
         ("optimizer.peak_learning_rate", 0.25), ("run.num_steps", 7),
     ]  # fmt: skip
+
+
+def test_a_run_killed_before_its_first_step_is_resumed_from_its_beginning(tmp_path):
+    config, path = small_config(), tmp_path / "run"
+    with pytest.raises(ConfigError, match="must hold a run to resume"):
+        Workdir(str(path)).open(config, resume=True)
+    assert not path.exists()
+    with Workdir(str(path)) as killed:
+        killed.open(config, resume=False)
+    with Workdir(str(path)) as again:
+        again.open(config, resume=True)
