@@ -19,7 +19,7 @@ import tempfile
 
 from disag_jax import launch
 from disag_jax.config import Config, ConfigError
-from disag_jax.errors import RunError
+from disag_jax.errors import USER_ERROR, RunError
 from disag_jax.report import read_records
 from disag_jax.saved_checkpoint import SavedCheckpoint
 from disag_jax.workdir import Workdir, new_directory
@@ -82,8 +82,11 @@ def _train(config: Config, workdir: pathlib.Path, *flags: str):
     with tempfile.TemporaryFile("w+") as errors:
         code = launch.run(command, stdout=subprocess.DEVNULL, stderr=errors)
         errors.seek(0)
+        said = launch.last_line(errors.read()).removeprefix("error: ")
+        if code == USER_ERROR:
+            raise ConfigError(said)
         if code:
-            raise RunError(f"{' '.join(flags)}: {launch.last_line(errors.read())}")
+            raise RunError(f"{' '.join(flags)}: {said}")
 
 
 def main(check: str, config: Config, workdir: str | None, num_steps: int, flags: list[str]):

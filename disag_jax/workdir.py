@@ -62,6 +62,9 @@ class Workdir:
             tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise _unwritable(path, error) from error
+        for within in (self.tensorboard, self.profile):
+            if within.exists() and not within.is_dir():
+                raise ConfigError(f"{str(within)!r} must be a directory where it is there")
         if traces and not resume:
             raise ConfigError(
                 f"workdir = {path!r} must be new: it holds another run's {traces[0].name} "

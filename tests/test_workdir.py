@@ -184,3 +184,10 @@ def test_a_run_killed_before_its_first_step_is_resumed_from_its_beginning(tmp_pa
         killed.open(config, resume=False)
     with Workdir(str(path)) as again:
         again.open(config, resume=True)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "profile"])
+def test_a_file_in_the_place_of_a_directory_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(ConfigError, match=f"{name}' must be a directory where it is there"):
+        Workdir(str(tmp_path)).open(small_config(), resume=False)
