@@ -248,7 +248,7 @@ class RunConfig:
       eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never,
         except when the run is told to stop).
       eval_batches: steps' worth of held-out text per evaluation; 0 means none.
-      keep_checkpoints: newest checkpoints that stay.
+      keep_checkpoints: newest checkpoints that stay; 2 at least, to go back from a bad one.
       keep_checkpoint_every: checkpoints of its multiples stay for ever; 0 means of no step.
       max_skipped_steps: the run stops after so many steps in a row whose loss or gradient is not
         finite; each of them leaves the parameters as they are.

@@ -58,6 +58,11 @@ def train(
     """
     config = auto_placement.resolve(config, hardware)
     config.validate()
+    if config.run.checkpoint_every and config.run.keep_checkpoints < 2:
+        raise ConfigError(
+            f"run.keep_checkpoints = {config.run.keep_checkpoints} must be 2 or more: whether the "
+            "update before a checkpoint overflowed, only the steps after it tell"
+        )
     prediction = predict(config, load(hardware)) if hardware else None
     with Watchdog(config) as watchdog, Workdir(workdir) as directory:
         return _train(

@@ -52,7 +52,7 @@ def trained_run(tmp_path_factory):
     config.data.paths = (str(directory / "text.txt"),)
     config.run = dataclasses.replace(
         config.run, num_steps=6, eval_batches=1,
-        checkpoint_every=2, keep_checkpoints=1, keep_checkpoint_every=4,
+        checkpoint_every=2, keep_checkpoints=2, keep_checkpoint_every=4,
     )  # fmt: skip
     training.train(config, str(directory / "run"))
     return config, str(directory / "run")

@@ -177,6 +177,13 @@ def test_unwritable_workdir(small_run, tmp_path):
         training.train(config, str(tmp_path / "file" / "run"))
 
 
+def test_one_checkpoint_is_too_few(small_run):
+    config, workdir = small_run
+    config.run.keep_checkpoints = 1
+    with pytest.raises(ConfigError, match="keep_checkpoints = 1 must be 2 or more: whether the"):
+        training.train(config, workdir)
+
+
 def test_resume_needs_a_run(small_run):
     config, workdir = small_run
     with pytest.raises(ConfigError, match="must hold a run to resume"):
