@@ -56,17 +56,16 @@ class SkippedSteps:
 
     Attributes:
       total: since the run began or was resumed.
-      in_a_row: since the last good step.
     """
 
     def __init__(self, max_in_a_row: int):
         self._max_in_a_row = max_in_a_row
-        self.in_a_row = 0
+        self._in_a_row = 0
         self.total = 0
 
     def good(self):
         """Takes note of a step that was not skipped."""
-        self.in_a_row = 0
+        self._in_a_row = 0
 
     def bad(self, step: int, metrics: dict) -> dict:
         """Takes note of a skipped step: what the log says of it.
@@ -74,7 +73,7 @@ class SkippedSteps:
         metrics: as `Stepper.train_step` returned them.
         """
         self.total += 1
-        self.in_a_row += 1
+        self._in_a_row += 1
         return {
             "step": step,
             "skipped_steps": self.total,
@@ -90,13 +89,13 @@ class SkippedSteps:
             f"step {step}: loss = {metrics['total_loss']} and gradient norm = "
             f"{metrics['gradient_norm']} must be finite; {_places(metrics['non_finite'])}"
         )
-        if self.in_a_row == self._max_in_a_row:
+        if self._in_a_row == self._max_in_a_row:
             raise NonFiniteLossError(
-                f"{what}; skipped run.max_skipped_steps = {self.in_a_row} in a row, with the "
+                f"{what}; skipped run.max_skipped_steps = {self._in_a_row} in a row, with the "
                 "parameters and checkpoints as before them; if a resumed run ends so too, "
                 "--resume_step names an older checkpoint"
             )
-        return f"warning: {what}; its update is skipped ({self.in_a_row} in a row)"
+        return f"warning: {what}; its update is skipped ({self._in_a_row} in a row)"
 
 
 def _places(non_finite: dict) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import os
 import re
 import sys
 
@@ -11,6 +10,7 @@ from ml_collections import config_flags
 
 from disag_jax.config import Config
 from disag_jax.errors import INTERRUPTED, RUN_ERROR, USER_ERROR, ConfigError, RunError
+from disag_jax.files import discard_output
 
 # What absl says of a flag that is marked as required.
 MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")
@@ -64,7 +64,7 @@ def run(main, arguments: str | None = None):
             _fail("interrupted", INTERRUPTED)
         except BrokenPipeError:
             # Whoever read the output, such as `head`, has had enough.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
 
     app.run(guarded, flags_parser=_parse)
 

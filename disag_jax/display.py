@@ -1,7 +1,6 @@
 """What a run shows while it runs: a progress bar in a terminal, plain lines elsewhere."""
 
 import contextlib
-import os
 import sys
 
 import jax
@@ -11,6 +10,9 @@ import rich.progress
 from rich.table import Column
 
 from disag_jax.config import Config
+from disag_jax.files import discard_output
+
+UNREAD = "warning: nobody reads the output any more; training goes on"
 
 # Leaves room for the numbers in a terminal of 80 columns.
 BAR_WIDTH = 12
@@ -46,7 +48,9 @@ class PlainDisplay(Display):
             print(text, flush=True)
         except BrokenPipeError:
             # Whoever read it is gone, such as `tee`: that costs lines, and not the run.
-            _read_by_nobody()
+            discard_output()
+            with contextlib.suppress(OSError):
+                print(UNREAD, file=sys.stderr, flush=True)
         except OSError:
             pass  # nor does a full disk
 
@@ -153,11 +157,3 @@ def _layers(record: dict) -> list[str]:
 def _load(record: dict) -> float:
     """Largest over mean expert load, of the worst layer."""
     return max(record["expert_load"])
-
-
-def _read_by_nobody():
-    """Has what is still printed go nowhere, and says so."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    with contextlib.suppress(OSError):
-        message = "nobody reads the output any more; training goes on"
-        print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends without a traceback."""
+"""The ways in which a command ends early without a traceback."""
 
 USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130  # exit codes
 

@@ -1,8 +1,9 @@
-"""Writing files that are never seen half written, and refusing those that cannot be."""
+"""Writing files that are never seen half written, refusing those that cannot be, and no output."""
 
 import json
 import os
 import pathlib
+import sys
 
 from disag_jax.errors import ConfigError
 
@@ -15,6 +16,11 @@ def write_json(path: pathlib.Path, value: dict):
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
+
+
+def discard_output():
+    """Has all that is still printed go nowhere; for when whoever read it is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_out(path: str):

@@ -58,6 +58,7 @@ def train(
     """
     config = auto_placement.resolve(config, hardware)
     config.validate()
+    # Not a rule of configs: those of older runs are still read.
     if config.run.checkpoint_every and config.run.keep_checkpoints < 2:
         raise ConfigError(
             f"run.keep_checkpoints = {config.run.keep_checkpoints} must be 2 or more: whether the "
