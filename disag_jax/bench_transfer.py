@@ -19,6 +19,9 @@ from mesh.m2n import RingTransport, exchange_in_group
 from mesh.placement import ALL_DEVICES, Meshes
 
 SLOT_MIB = (0.25, 1, 4, 16, 64)
+# What a step sums is gradients. Sums of up to 4 MiB took a tenth of NCCL's time over sockets, by a
+# kernel of XLA's own within a node: no line goes through these and larger ones.
+SUM_MIB = (16, 64, 256)
 MIB = 2**20
 
 
@@ -51,7 +54,7 @@ def measure_slots(config: Config) -> list[tuple[int, Figure]]:
     # Of an all-to-all a worker's own slot stays where it is.
     num_sent = placement.rounds - placement.colocated
     found = []
-    for num_bytes, call in _calls(make_meshes(config), send, placement.rounds):
+    for num_bytes, call in _calls(make_meshes(config), send, placement.rounds, SLOT_MIB):
         name = f"{kind}, {placement.rounds} slots of {num_bytes / MIB:g} MiB"
         figure = time_iterations(name, call)
         moved = num_sent * num_bytes / figure.milliseconds / 1e6
@@ -62,15 +65,18 @@ def measure_slots(config: Config) -> list[tuple[int, Figure]]:
 
 def measure_all_reduce(config: Config) -> list[tuple[int, Figure]]:
     """(bytes on each device, time) of sums over all devices."""
-    calls = _calls(make_meshes(config), lambda words: lax.psum(words, ALL_DEVICES), 1)
+    calls = _calls(make_meshes(config), lambda words: lax.psum(words, ALL_DEVICES), 1, SUM_MIB)
     return [
         (num_bytes, time_iterations(f"all-reduce of {num_bytes / MIB:g} MiB", call))
         for num_bytes, call in calls
     ]
 
 
-def _calls(meshes: Meshes, send, num_slots: int):
-    """Yields (bytes of a slot, a call that sends [num_slots, words] a number of times)."""
+def _calls(meshes: Meshes, send, num_slots: int, sizes):
+    """Yields (bytes of a slot, a call that sends [num_slots, words] a number of times).
+
+    sizes: of a slot, in MiB.
+    """
 
     def repeat(words, count):
         return lax.fori_loop(0, count, lambda _, sent: send(sent), words[0])[None]
@@ -85,7 +91,7 @@ def _calls(meshes: Meshes, send, num_slots: int):
         ),
         compiler_options=compiler_options(meshes, hop=1),
     )
-    for size in SLOT_MIB:
+    for size in sizes:
         num_bytes = int(size * MIB)
         shape = (meshes.union.size, num_slots, num_bytes // 4)
         words = jnp.zeros(shape, jnp.float32, device=NamedSharding(meshes.union, PER_WORKER))
