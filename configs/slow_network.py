@@ -1,0 +1,28 @@
+"""A shape whose exchanges over loopback sockets take about as long as its compute: for benchmarks.
+
+Where communication equals compute there is most to hide. Attention and experts are equal on one GPU
+each, a message has a whole period to travel (hop 2), and the attention worker computes all of the
+loss, so that none of its tokens cross. The model is no published one.
+
+  python train.py --config configs/slow_network.py --workdir runs/one
+  python -m disag_jax.compare --config configs/slow_network.py --workdir runs/slow --network=sockets
+"""
+
+import dataclasses
+
+from configs import balanced
+from disag_jax.config import Config
+
+
+def get_config() -> Config:
+    config = balanced.get_config()
+    config.name = "slow_network"
+    config.model = dataclasses.replace(
+        config.model, num_layers=2, num_heads=48, num_kv_heads=8,
+        num_experts=32, top_k=8, expert_width=3584,
+    )  # fmt: skip
+    config.split = dataclasses.replace(config.split, hop=2, loss_share=1.0)
+    config.batch = dataclasses.replace(config.batch, sequence_length=16_384, micro_batches=32)
+    # A batch is 524,288 tokens, and one is held out.
+    config.data.held_out_fraction = 0.2
+    return config
