@@ -37,6 +37,7 @@ UNIT = re.compile(r"/(?:attention|expert)_(forward|backward)(?:/|$)")
 LOSS = re.compile(r"/loss(?:/|$)")
 TRANSFER = re.compile(r"/(?:m2n|all_to_all)_(forward|backward)(?:/|$)")
 GRAPH = "command_buffer"
+ASYNC_START = re.compile(r"-start(?=[.]|$)")
 UNITS = ("forward", "backward", "loss")
 IN_LOOP = (*UNITS, "transfer")
 # What it is called, and the period that it is in: before the first, or from the last on.
@@ -63,9 +64,13 @@ class Traced:
 
 
 def scopes(program_text: str) -> dict[str, str]:
-    """The name in the code of each operation of a compiled program in text form."""
+    """The name in the code of each operation of a compiled program in text form.
+
+    What the text begins as `collective-permute-start.3` a trace may call `collective-permute.3`.
+    """
     found = (INSTRUCTION.match(line) for line in program_text.splitlines())
-    return {one.group(1): one.group(2) for one in found if one}
+    names = {one.group(1): one.group(2) for one in found if one}
+    return {ASYNC_START.sub("", name): scope for name, scope in names.items()} | names
 
 
 def graph_scopes(ran: trace.Operations, names: dict[str, str]) -> dict[str, str]:
