@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import re
 import sys
 
@@ -12,6 +13,7 @@ from disag_jax.config import Config
 from disag_jax.errors import INTERRUPTED, RUN_ERROR, USER_ERROR, ConfigError, RunError
 from disag_jax.files import discard_output
 
+NUMBERS = {int: "an integer", float: "a number"}
 # What absl says of a flag that is marked as required.
 MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")
 
@@ -76,8 +78,10 @@ def _parse(argv):
         rest = flags.FLAGS(argv)
         # A file that cannot be read shows only when the value is used.
         if "config" in flags.FLAGS and not isinstance(flags.FLAGS["config"].value, Config):
-            path = next((a.split("=", 1)[-1] for a in argv if "config" in a and ".py" in a), None)
-            _fail(f"--config = {path!r} must be a Python file whose get_config() returns a Config")
+            _fail(
+                f"--config = {_config_path(argv)!r} must be a Python file whose get_config() "
+                "returns a Config"
+            )
         return rest
     except flags.Error as error:
         missing = MISSING.match(str(error))
@@ -103,6 +107,20 @@ def _refuse_unknown_fields(argv):
                 known = ", ".join(fields)
                 _fail(f"{path} = {value!r} must be a field of {section.__name__}: {known}")
             section = fields[name]
+        if value and section in NUMBERS:
+            try:
+                section(value, 0) if section is int else section(value)
+            except ValueError:
+                _fail(f"{path} = {value!r} must be {NUMBERS[section]}")
+
+
+def _config_path(argv) -> str | None:
+    """What a command line names as its config file."""
+    for argument, after in itertools.zip_longest(argv, argv[1:]):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            return value if equals else after
+    return None
 
 
 def _fail(sentence: str, code: int = USER_ERROR):

@@ -66,6 +66,9 @@ class Workdir:
             if within.exists() and not within.is_dir():
                 raise ConfigError(f"{str(within)!r} must be a directory where it is there")
         if traces and not resume:
+            if (self.path / LOCK).exists():
+                self._take()  # says so if that run still lives
+                self.__exit__()
             raise ConfigError(
                 f"workdir = {path!r} must be new: it holds another run's {traces[0].name} "
                 "(--resume goes on with it)"

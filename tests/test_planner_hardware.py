@@ -82,6 +82,26 @@ def test_missing_fields_are_named(record):
             hardware.read(less, "h800")
 
 
+def test_a_measured_profile_must_hold_what_was_measured():
+    whole = dataclasses.asdict(hardware.load("h100x2_nvlink"))
+    for unit in hardware.UNITS:
+        less = copy.deepcopy(whole)
+        del less["unit_fits"][unit]
+        with pytest.raises(ConfigError, match=f"unit_fits = '{unit}' must be given where source"):
+            hardware.read(less, "mine")
+        less["unit_fits"][unit] = whole["unit_fits"][unit] | dict.fromkeys(
+            (name for name in whole["unit_fits"][unit] if name.startswith(("milli", "over"))), 0
+        )
+        with pytest.raises(ConfigError, match=f"'{unit}' must be a fit with a coefficient greater"):
+            hardware.read(less, "mine")
+        less["unit_fits"][unit]["milliseconds_per_product_tflop"] = 1e308
+        with pytest.raises(ConfigError, match=r"product_tflop = 1e\+308 must be at most"):
+            hardware.read(less, "mine")
+    whole["update_milliseconds_per_gigaparameter"] = None
+    with pytest.raises(ConfigError, match="gigaparameter = None must be given where source"):
+        hardware.read(whole, "mine")
+
+
 def test_an_unknown_unit_is_refused(record):
     fit = dict.fromkeys((f.name for f in dataclasses.fields(hardware.UnitFit)), 1)
     record["unit_fits"] = {"mlp": fit}

@@ -217,7 +217,14 @@ COMMAND_MISTAKES = {
         "config.model.num_layer = '3' must be a field of ModelConfig: vocab_size, num_layers",
     ),
     "unknown section": (["--config.modle.top_k=3"], "config.modle.top_k = '3' must be a field of"),
-    "wrong type": (["--config.model.num_layers=few"], "--config.model.num_layers=few"),
+    "wrong type": (
+        ["--config.model.num_layers=few"],
+        "config.model.num_layers = 'few' must be an integer",
+    ),
+    "no number": (
+        ["--config.optimizer.peak_learning_rate=high"],
+        "config.optimizer.peak_learning_rate = 'high' must be a number",
+    ),
     "not a choice": (["--config.model.router_score=best"], "softmax|sigmoid"),
     "broken rule": (["--config.model.top_k=13"], "model.top_k = 13 must be at most"),
     "stray argument": (["configs/tiny.py"], "argument 'configs/tiny.py' must be a flag"),
@@ -230,6 +237,10 @@ COMMAND_MISTAKES = {
         ["--config=configs/none.py"],
         "--config = 'configs/none.py' must be a Python file whose get_config() returns a Config",
     ),
+    "missing file, a word of its own": (
+        ["--config", "none.py"],
+        "--config = 'none.py' must be a Python file whose get_config() returns a Config",
+    ),
 }
 
 
@@ -239,7 +250,7 @@ def test_command_tells_a_mistake_in_one_sentence(name, tmp_path):
     arguments, sentence = COMMAND_MISTAKES[name]
     command = [
         sys.executable, "train.py", f"--workdir={tmp_path}/run", "--cpu_devices=8",
-        *([] if name == "missing file" else ["--config=configs/tiny.py"]), *arguments,
+        *([] if name.startswith("missing file") else ["--config=configs/tiny.py"]), *arguments,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2

@@ -123,7 +123,8 @@ def test_another_split_goes_on(tmp_path):
 def test_a_run_that_was_killed_before_its_first_step_can_begin_again(tmp_path):
     workdir = Workdir(str(tmp_path))
     workdir.checkpoints.mkdir()
-    workdir.open(small_config(), resume=False)
+    with workdir:
+        workdir.open(small_config(), resume=False)
     (workdir.checkpoints / "2").mkdir()
     with pytest.raises(ConfigError, match="must be new: it holds another run's checkpoints"):
         workdir.open(small_config(), resume=False)
@@ -132,8 +133,10 @@ def test_a_run_that_was_killed_before_its_first_step_can_begin_again(tmp_path):
 def test_a_directory_is_one_runs_at_a_time(tmp_path):
     config = small_config()
     first, refused = workdir_of(config, tmp_path), "must be free: another run is still writing"
-    with first, pytest.raises(ConfigError, match=refused):
-        Workdir(str(first.path)).open(config, resume=True)
+    with first:
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match=refused):
+                Workdir(str(first.path)).open(config, resume=resume)
     # Free again, also where the one that had it was killed: the lock is its process's.
     command = "import sys; from disag_jax.workdir import Workdir; from tests import test_workdir;"
     command += f"workdir = Workdir({str(first.path)!r});"

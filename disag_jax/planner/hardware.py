@@ -14,7 +14,8 @@ import typing
 from disag_jax.errors import ConfigError
 
 DIRECTORY = pathlib.Path(__file__).parent / "hardware"
-SOURCES = ("datasheet", "measured")
+MEASURED = "measured"
+SOURCES = ("datasheet", MEASURED)
 
 # The units of work that a profile measures, by the names of its fits.
 UNITS = ("attention_forward", "attention_backward", "expert_forward", "expert_backward", "loss")
@@ -111,7 +112,8 @@ class Hardware:
       devices_per_node, nics_per_node: rates of `inter_node` are those of one network card, of which
         a device has nics / devices.
       intra_node, inter_node: the links; None where there is one node.
-      unit_fits: measured times by unit (`UNITS`); an absent unit's time follows from the rates.
+      unit_fits: measured times by unit (`UNITS`), of measured hardware all; an absent unit's time
+        follows from the rates.
       lost_beside_transfers: seconds that a unit takes longer, measured, for each second of a
         transfer that runs beside it; 0 for an absent unit. Transfers take processors and memory
         traffic while they last, not a share of the unit.
@@ -201,6 +203,15 @@ def read(record, name: str) -> Hardware:
         for unit in getattr(hardware, field):
             if unit not in UNITS:
                 fail(field, unit, f"of the units {', '.join(UNITS)}")
+    if hardware.source == MEASURED:
+        for unit in UNITS:
+            if unit not in hardware.unit_fits:
+                fail("unit_fits", unit, "given where source = 'measured'")
+        if hardware.update_milliseconds_per_gigaparameter is None:
+            fail("update_milliseconds_per_gigaparameter", None, "given where source = 'measured'")
+    for unit, fit in hardware.unit_fits.items():
+        if fit.seconds(1.0, 1.0, 1.0) == 0:
+            fail("unit_fits", unit, "a fit with a coefficient greater than 0")
     return hardware
 
 
@@ -247,11 +258,15 @@ def _value(kind, value, where: str, name: str):
             _fail(where, name, value, "0 or more")
     elif value <= 0:
         _fail(where, name, value, "greater than 0")
+    if value > _MOST:
+        _fail(where, name, value, f"at most {_MOST:g}")
     if name in _SHARES and value > 1:
         _fail(where, name, value, "at most 1")
     return value
 
 
+# With larger numbers times are infinite.
+_MOST = 1e12
 _SHARES = (
     "efficiency", "product_efficiency", "score_efficiency", "memory_efficiency",
     "usable_memory_share", "r_squared",
