@@ -32,7 +32,8 @@ class Plan:
 
     Attributes:
       best: the fastest split of either placement.
-      rows: (label, prediction) of the pick, its neighbours and the other placement's best.
+      rows: (label, prediction) of the pick, its neighbours, the other placement's best, and the
+        config's own split where it is of as many devices.
       advice: whether to disaggregate, and what would change that.
     """
 
@@ -49,7 +50,7 @@ def make_plan(
     load_factor: float | None = None,
 ) -> Plan:
     """Plans a config on `num_devices`; ConfigError if no split can be had."""
-    config = search_lib.without_auto(config)
+    given, config = config, search_lib.without_auto(config)
     fixed = fixed or Fixed()
     _check_input(config, num_devices, fixed, load_factor)
     found = {
@@ -67,6 +68,9 @@ def make_plan(
         rows.append(
             (f"best {other.config.split.placement}", predict(other.config, hardware, load_factor))
         )
+    # With a part left to the planner it is no split yet.
+    if config == given and config.split.num_devices == num_devices:
+        rows.append(("as configured", predict(config, hardware, load_factor)))
     return Plan(best, rows, advise(config, hardware, num_devices, found, fixed, load_factor))
 
 

@@ -167,6 +167,18 @@ def test_colocation_is_advised_for_short_sequences_on_one_node():
     assert made.advice.sentence.startswith("co-locate")
 
 
+def test_the_split_as_configured_is_beside_the_pick():
+    config = small()
+    own = config.split.num_devices
+    label, prediction = plan.make_plan(config, H100, own).rows[-1]
+    assert label == "as configured" and prediction.config == config
+    auto = copy.deepcopy(config)
+    auto.split.placement = PlacementKind.AUTO
+    for other, num_devices in ((config, 2 * own), (auto, own)):
+        labels = [label for label, _ in plan.make_plan(other, H100, num_devices).rows]
+        assert "as configured" not in labels
+
+
 def test_colocation_is_advised_for_shapes_too_lopsided_for_the_devices():
     # Experts have ten times the arithmetic of attention: with two devices half of them must wait.
     config = small(sequence_length=1024, top_k=16)
