@@ -13,7 +13,7 @@ from disag_jax.config import Config
 from disag_jax.errors import INTERRUPTED, RUN_ERROR, USER_ERROR, ConfigError, RunError
 from disag_jax.files import discard_output
 
-NUMBERS = {int: "an integer", float: "a number"}
+NUMBERS = {int: flags.IntegerParser(), float: flags.FloatParser()}
 # What absl says of a flag that is marked as required.
 MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")
 
@@ -109,9 +109,9 @@ def _refuse_unknown_fields(argv):
             section = fields[name]
         if value and section in NUMBERS:
             try:
-                section(value, 0) if section is int else section(value)
+                NUMBERS[section].convert(value)
             except ValueError:
-                _fail(f"{path} = {value!r} must be {NUMBERS[section]}")
+                _fail(f"{path} = {value!r} must be {NUMBERS[section].syntactic_help}")
 
 
 def _config_path(argv) -> str | None:
