@@ -7,9 +7,10 @@ In benchmarks/README.md C is configs/balanced.py, H h100x2_nvlink, for sockets a
 A cell is a sequence length, a width of experts and a top-k: the config's own, and those of the grid
 that fit the memory. In each, AF-Pipe's best split of one stage and its twin (all devices
 share the experts, on the same batches) train a few steps: the twin blocking, in chunks of the
-degrees that the model finds best, and interleaved. Results in `--out` are gone on with; no case
-begins after `--seconds`. Exit code 1 unless in every cell losses agree, and the planner's claims
-hold (`check`).
+degrees that the model finds best, and interleaved. Where all experts of a stage fit one device, so
+does the best co-located split that shares none and has no all-to-all. Results in `--out` are gone
+on with; no case begins after `--seconds`. Exit code 1 unless in every cell losses agree, and the
+planner's claims hold (`check`).
 
 A cell's communication over compute is by the hardware's times, not measured in the run: all four
 exchanges of a layer over its four units, of the blocking twin.
@@ -43,6 +44,8 @@ LEAST_SPEED_UP, BALANCED = 1.6, (0.8, 1.25)
 LEAST_OF_BEST = 0.95
 
 AF_PIPE = "af-pipe"
+# Co-located in stages and replicas of one device each.
+UNSHARED = "unshared"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Cell(Case):
 
     Attributes:
       expert_width, top_k: as in ModelConfig.
-      way: `AF_PIPE`, or what the twin overlaps.
+      way: `AF_PIPE`, what the twin overlaps, or `UNSHARED`.
       communication_over_compute: of the cell's blocking twin, predicted.
       is_own: whether the cell is the config's, over the default network.
     """
@@ -66,16 +69,17 @@ class Cell(Case):
 def sweep_cases(
     config: Config, hardware: Hardware, num_devices: int, lengths, widths, top_ks
 ) -> tuple[list[Cell], list[str]]:
-    """AF-Pipe and every twin of each cell, and the cells that do not fit, in words."""
+    """AF-Pipe and its rivals in each cell, and the cells that do not fit, in words."""
     cases, left_out = [], []
     own = config.batch.sequence_length, config.model.expert_width, config.model.top_k
     cells = dict.fromkeys([own, *itertools.product(lengths, widths, top_ks)])
     for length, width, top_k in cells:
         base = in_cell(config, num_devices, length, width, top_k)
-        fixed = search.Fixed(
-            replicas=1, stages=1, tokens_per_worker=base.batch.tokens_per_worker,
+        alike = search.Fixed(
+            tokens_per_worker=base.batch.tokens_per_worker,
             tokens_per_step=base.tokens_per_step, recompute=config.run.recompute,
         )  # fmt: skip
+        fixed = dataclasses.replace(alike, replicas=1, stages=1)
         kind = PlacementKind.DISAGGREGATED
         found = search.search(base, hardware, num_devices, kind, fixed)
         group = f"{config.model.num_layers} layers, sequence {length}, width {width}, top-k {top_k}"
@@ -85,8 +89,12 @@ def sweep_cases(
             continue
         twins = twins_of(found.config, hardware)
         ratio = communication_over_compute(twins[0], hardware)
-        for one in (found.config, *twins):
-            way = one.split.overlap.value if one.split.colocated else AF_PIPE
+        ways = [(AF_PIPE, found.config), *((twin.split.overlap.value, twin) for twin in twins)]
+        alike = dataclasses.replace(alike, expert_workers=1)
+        unshared = search.search(base, hardware, num_devices, PlacementKind.COLOCATED, alike)
+        if unshared is not None:
+            ways.append((UNSHARED, unshared.config.validate()))
+        for way, one in ways:
             cases.append(
                 Cell.of(
                     group, one, hardware, expert_width=width, top_k=top_k, way=way,

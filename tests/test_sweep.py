@@ -16,7 +16,7 @@ from disag_jax.planner import hardware
 from disag_jax.planner.prediction import predict
 
 H100 = hardware.load("h100")
-WAYS = [sweep.AF_PIPE, "none", "chunked", "interleaved"]
+WAYS = [sweep.AF_PIPE, "none", "chunked", "interleaved", sweep.UNSHARED]
 
 
 @pytest.mark.parametrize("num_devices", [2, 4])
@@ -35,7 +35,10 @@ def test_a_cell_has_both_placements_and_every_overlap_on_the_same_batches(num_de
         assert len({case.name for case in cell}) == len({case.predicted_seconds for case in cell})
         assert len({case.config.tokens_per_step for case in cell}) == 1
         assert len({case.communication_over_compute for case in cell}) == 1
-        ours, *twins = [case.config for case in cell]
+        ours, *twins, unshared = [case.config for case in cell]
+        assert unshared.split.colocated and unshared.split.expert_workers == 1
+        assert unshared.split.num_devices == num_devices
+        assert unshared.model == ours.model and unshared.run == ours.run
         assert ours.split.stages == 1 and ours.split.num_devices == num_devices
         for twin in twins:
             assert twin.validate().split.expert_workers == num_devices
@@ -83,7 +86,7 @@ def cell(length, ours, twins, predicted, ratio=0.1):
             "communication_over_compute": ratio, "seconds": seconds, "is_own": False,
             "predicted_seconds": expected, "gib": 8.0, "predicted_gib": 8.1, "losses": [3.0, 2.0],
         }
-        for way, seconds, expected in zip(WAYS, (ours, *twins), predicted, strict=True)
+        for way, seconds, expected in zip(WAYS[:-1], (ours, *twins), predicted, strict=True)
     ]  # fmt: skip
 
 
