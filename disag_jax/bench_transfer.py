@@ -19,8 +19,8 @@ from mesh.m2n import RingTransport, exchange_in_group
 from mesh.placement import ALL_DEVICES, Meshes
 
 SLOT_MIB = (0.25, 1, 4, 16, 64)
-# What a step sums is gradients. Sums of up to 4 MiB took a tenth of NCCL's time over sockets, by a
-# kernel of XLA's own within a node: no line goes through these and larger ones.
+# What a step sums is gradients. Over sockets sums of up to 4 MiB took a tenth of the time that
+# larger ones suggest, so not by NCCL (benchmarks/LOG.md): no line goes through both.
 SUM_MIB = (16, 64, 256)
 MIB = 2**20
 

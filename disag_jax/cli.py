@@ -13,7 +13,7 @@ from disag_jax.config import Config
 from disag_jax.errors import INTERRUPTED, RUN_ERROR, USER_ERROR, ConfigError, RunError
 from disag_jax.files import discard_output
 
-NUMBERS = {int: flags.IntegerParser(), float: flags.FloatParser()}
+NUMBER_PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser()}
 # What absl says of a flag that is marked as required.
 MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")
 
@@ -73,7 +73,7 @@ def run(main, arguments: str | None = None):
 
 def _parse(argv):
     """Parses flags; errors of the config file's overrides come as several exception types."""
-    _refuse_unknown_fields(argv)
+    _check_overrides(argv)
     try:
         rest = flags.FLAGS(argv)
         # A file that cannot be read shows only when the value is used.
@@ -92,8 +92,11 @@ def _parse(argv):
         _fail(str(error.args[0]) if error.args else repr(error))
 
 
-def _refuse_unknown_fields(argv):
-    """Names the fields there are, which the flag library does not."""
+def _check_overrides(argv):
+    """Says of a wrong field which there are, and of a wrong number which field it is of.
+
+    The flag library does neither.
+    """
     for argument in argv:
         path, _, value = argument.lstrip("-").partition("=")
         if not argument.startswith("-") or not path.startswith("config."):
@@ -107,11 +110,12 @@ def _refuse_unknown_fields(argv):
                 known = ", ".join(fields)
                 _fail(f"{path} = {value!r} must be a field of {section.__name__}: {known}")
             section = fields[name]
-        if value and section in NUMBERS:
+        if value and section in NUMBER_PARSERS:
+            parser = NUMBER_PARSERS[section]
             try:
-                NUMBERS[section].convert(value)
+                parser.convert(value)
             except ValueError:
-                _fail(f"{path} = {value!r} must be {NUMBERS[section].syntactic_help}")
+                _fail(f"{path} = {value!r} must be {parser.syntactic_help}")
 
 
 def _config_path(argv) -> str | None:

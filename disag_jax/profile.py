@@ -28,7 +28,7 @@ from disag_jax.flops import peak_flops
 from disag_jax.nccl_log import check_network
 from disag_jax.planner.costs import unit_work
 from disag_jax.planner.fits import fit_link, fit_units, fit_update
-from disag_jax.planner.hardware import UNITS, Hardware, Link, Transfer, load
+from disag_jax.planner.hardware import MEASURED, UNITS, Hardware, Link, Transfer, load
 from disag_jax.planner.prediction import check_predictable
 from disag_jax.planner.sizes import Sizes
 from disag_jax.state import StateManager
@@ -99,7 +99,7 @@ def _fitted_devices(config: Config, points: dict, rates: Rates) -> dict:
     peak = peak_flops(config, device.device_kind) or rates.flops
     limit = (device.memory_stats() or {}).get("bytes_limit", _host_bytes())
     return dict(
-        source="measured",
+        source=MEASURED,
         peak_tflops=peak / 1e12,
         product_tflops=rates.flops / 1e12,
         product_efficiency=1.0,

@@ -67,8 +67,8 @@ class Workdir:
                 raise ConfigError(f"{str(within)!r} must be a directory where it is there")
         if traces and not resume:
             if (self.path / LOCK).exists():
-                self._take()  # says so if that run still lives
-                self.__exit__()
+                with self:
+                    self._take()  # says so if that run still lives
             raise ConfigError(
                 f"workdir = {path!r} must be new: it holds another run's {traces[0].name} "
                 "(--resume goes on with it)"

@@ -204,11 +204,12 @@ def read(record, name: str) -> Hardware:
             if unit not in UNITS:
                 fail(field, unit, f"of the units {', '.join(UNITS)}")
     if hardware.source == MEASURED:
+        given = f"given where source = {MEASURED!r}"
         for unit in UNITS:
             if unit not in hardware.unit_fits:
-                fail("unit_fits", unit, "given where source = 'measured'")
+                fail("unit_fits", unit, given)
         if hardware.update_milliseconds_per_gigaparameter is None:
-            fail("update_milliseconds_per_gigaparameter", None, "given where source = 'measured'")
+            fail("update_milliseconds_per_gigaparameter", None, given)
     for unit, fit in hardware.unit_fits.items():
         if fit.seconds(1.0, 1.0, 1.0) == 0:
             fail("unit_fits", unit, "a fit with a coefficient greater than 0")
