@@ -1,4 +1,4 @@
-"""A shape whose exchanges over loopback sockets take about as long as its compute: for benchmarks.
+"""A shape whose exchanges over 2 GB/s each way take about as long as its compute: for benchmarks.
 
 Where communication equals compute there is most to hide. Attention and experts are equal on one GPU
 each, a message has a whole period to travel (hop 2), and the attention worker computes all of the
@@ -18,8 +18,8 @@ def get_config() -> Config:
     config = balanced.get_config()
     config.name = "slow_network"
     config.model = dataclasses.replace(
-        config.model, num_layers=2, num_heads=48, num_kv_heads=8,
-        num_experts=32, top_k=8, expert_width=3584,
+        config.model, num_layers=2, num_heads=112, num_kv_heads=8,
+        num_experts=12, top_k=8, expert_width=8192,
     )  # fmt: skip
     config.split = dataclasses.replace(config.split, hop=2, loss_share=1.0)
     config.batch = dataclasses.replace(config.batch, sequence_length=16_384, micro_batches=32)

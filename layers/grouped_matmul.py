@@ -269,10 +269,10 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def _hopper_runs(*operands) -> bool:
     """Whether the Hopper kernels take these operands: bfloat16, widths in steps of 64."""
-    if not target.is_gpu() or any(x.dtype != jnp.bfloat16 for x in operands):
+    if any(x.dtype != jnp.bfloat16 for x in operands):
         return False
     widths = [width for x in operands for width in x.shape[1:]]
-    return target.device().compute_capability == "9.0" and not any(w % 64 for w in widths)
+    return target.is_hopper() and not any(w % 64 for w in widths)
 
 
 def _hopper():

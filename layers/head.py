@@ -48,12 +48,7 @@ def cross_entropy_and_grads(
         total, grads = carry
         h_cD, label_c = inputs
         x_cD, norm_vjp = jax.vjp(lambda h, s: rms_norm(h, s, eps), h_cD, params.final_norm)
-        logits_cV = _logits(params, x_cD)
-        nll_c, log_partition_c = _nll(logits_cV, label_c)
-        probability_cV = jnp.exp(logits_cV - log_partition_c[:, None])
-        is_label_cV = jnp.arange(logits_cV.shape[1]) == label_c[:, None]
-        weight_c = jnp.where(label_c >= 0, scale, 0).astype(logits_cV.dtype)
-        dlogits_cV = ((probability_cV - is_label_cV) * weight_c[:, None]).astype(h_cD.dtype)
+        nll_c, dlogits_cV = _nll_and_gradient(_logits(params, x_cD), label_c, scale, h_cD.dtype)
         dx_cD = dlogits_cV @ params.head
         dh_cD, dnorm_D = norm_vjp(dx_cD)
         dhead_VD = jnp.einsum(
@@ -73,6 +68,31 @@ def cross_entropy_and_grads(
 def _logits(params: HeadParams, x_cD):
     wide = accumulation_dtype(x_cD.dtype)
     return jnp.einsum("cd,vd->cv", x_cD, params.head, preferred_element_type=wide)
+
+
+def _nll_and_gradient(logits_cV, label_c, scale, dtype):
+    """Negative log-likelihood [c], and the gradient of `scale` times it by the logits [c, V]."""
+    has_label_c = label_c >= 0
+    weight_c = jnp.where(has_label_c, scale, 0).astype(logits_cV.dtype)
+    hopper = _hopper(logits_cV, dtype)
+    if hopper is not None:
+        some_label_c = jnp.maximum(label_c, 0)
+        nll_c, dlogits_cV = hopper.nll_and_gradient(logits_cV, some_label_c, weight_c, dtype)
+        return jnp.where(has_label_c, nll_c, 0), dlogits_cV
+    nll_c, log_partition_c = _nll(logits_cV, label_c)
+    probability_cV = jnp.exp(logits_cV - log_partition_c[:, None])
+    is_label_cV = jnp.arange(logits_cV.shape[1]) == label_c[:, None]
+    return nll_c, ((probability_cV - is_label_cV) * weight_c[:, None]).astype(dtype)
+
+
+def _hopper(logits_cV, dtype):
+    """The module of the kernel that takes these logits and makes such a gradient, or None."""
+    if not target.is_hopper() or (logits_cV.dtype, dtype) != (jnp.float32, jnp.bfloat16):
+        return None
+    # It needs JAX's GPU support to import.
+    from layers import softmax_hopper
+
+    return softmax_hopper if softmax_hopper.piece_words(logits_cV.shape[1]) else None
 
 
 def _nll(logits_cV, label_c):

@@ -20,6 +20,11 @@ def is_gpu() -> bool:
     return device().platform == "gpu"
 
 
+def is_hopper() -> bool:
+    """Whether programs are made for GPUs of the generation that our kernels are written for."""
+    return is_gpu() and device().compute_capability == "9.0"
+
+
 @contextlib.contextmanager
 def made_for(absent):
     """Within it, programs are made for a device that is not here (`mesh/absent.py`).

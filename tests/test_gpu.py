@@ -26,6 +26,7 @@ from disag_jax.config import (
     SplitConfig,
 )
 from disag_jax.inputs import load_inputs
+from layers import head
 from layers.attention import AttentionKernel, causal_attention
 from layers.grouped_matmul import (
     GroupWeights,
@@ -182,6 +183,30 @@ def test_a_pair_is_written_where_it_is_kept(outer):
     found = found[first:-8].reshape(2, num_sorted, outer)
     used = np.repeat(np.asarray(order.tile_expert) < counts.size, tile_rows())
     np.testing.assert_array_equal(found[:, used], expected.view(np.uint16)[:, used])
+
+
+@pytest.mark.parametrize("vocab_size", [512, 32_000, 49_152])
+def test_the_kernel_of_the_loss_equals_the_formula(vocab_size):
+    """In chunks, with tokens that have no label, and large logits."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    rows = 1500  # neither whole chunks nor as many for each processor
+    draw = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)  # noqa: E731
+    params = head.HeadParams(jnp.ones((64,), jnp.bfloat16), draw(keys[0], vocab_size, 64))
+    h = draw(keys[1], rows, 64)
+    label = jax.random.randint(keys[2], (rows,), -1, vocab_size)
+    label = label.at[:5].set(jnp.array([0, vocab_size - 1, 255, 256, head.NO_LABEL]))
+    run = jax.jit(functools.partial(head.cross_entropy_and_grads, eps=1e-6, chunk=700))
+
+    def outputs(dtype, wide):
+        ours, grads = (jax.tree.map(lambda x, t=t: x.astype(t), params) for t in (dtype, wide))
+        return run(ours, h.astype(dtype), label, 0.1, jax.tree.map(jnp.zeros_like, grads))
+
+    assert head._hopper(jnp.zeros((1, vocab_size), jnp.float32), jnp.bfloat16) is not None
+    found, exact = outputs(jnp.bfloat16, jnp.float32), outputs(jnp.float64, jnp.float64)
+    for ours, expected, tolerance in zip(
+        jax.tree.leaves(found), jax.tree.leaves(exact), (1e-4, 1e-2, 1e-2, 1e-2), strict=True
+    ):
+        assert support.relative_error(np.asarray(ours, np.float64), expected) < tolerance
 
 
 @pytest.mark.parametrize("num_documents", [None, 8])

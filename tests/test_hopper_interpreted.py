@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import grouped_matmul_hopper, hopper
+from layers import grouped_matmul_hopper, hopper, softmax_hopper
 
 # Not among JAX's public names.
 interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
@@ -55,3 +55,26 @@ def test_both_products_of_a_pair():
     x, stack = draw(0, 3 * TILE, INNER), draw(1, 2 * EXPERTS + 1, INNER, OUTER)
     y = grouped_matmul_hopper.rows_times_pair(x, stack, FIRST_2, TILE_EXPERT, num_experts=EXPERTS)
     assert_close(y[:, :USED], np.stack([product(x, stack, first) for first in FIRST_2]))
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_softmax_gradients_of_more_rows_than_processors(pieces, monkeypatch):
+    """Rows that come in one piece and in several, more than shared memory holds at once."""
+    vocab_size = pieces * 512
+    monkeypatch.setattr(softmax_hopper, "LARGEST_PIECE", 512)
+    assert softmax_hopper.piece_words(vocab_size) == 512
+    logits = 5 * jax.random.normal(jax.random.key(0), (7, vocab_size), jnp.float32)
+    label = np.array([0, vocab_size - 1, 255, 256, 300, 511, 1], np.int32)
+    weight = np.array([1, 0.5, 0, 2, 1e-3, 1, 1], np.float32)
+    softmax_hopper.nll_and_gradient.clear_cache()
+    nll, gradient = softmax_hopper.nll_and_gradient(logits, label, weight, jnp.dtype("bfloat16"))
+
+    wide = np.asarray(logits, np.float64)
+    log_probability = wide - np.log(np.sum(np.exp(wide), axis=1, keepdims=True))
+    np.testing.assert_allclose(nll, -log_probability[np.arange(7), label], rtol=1e-6)
+    expected = np.exp(log_probability)
+    expected[np.arange(7), label] -= 1
+    # Rounded once, also at the label, where a sum would have lost digits.
+    np.testing.assert_allclose(
+        np.asarray(gradient, np.float64), expected * weight[:, None], rtol=2**-8, atol=1e-30
+    )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from layers import grouped_matmul_hopper, target
+from layers import grouped_matmul_hopper, head, softmax_hopper, target
 
 EXPERTS, ROWS, INNER, OUTER = 4, 1024, 256, 384
 
@@ -111,3 +111,38 @@ def test_weight_gradients_lower_in_both_orientations(inner, outer):
         tile_expert=(jnp.int32, ROWS // 128),
     )
     assert found == 1
+
+
+def loss_kernels(vocab_size: int, generation: str) -> int:
+    """Kernels in the lowered gradients of a loss."""
+
+    def loss(final_norm, weights, h, label, grads):
+        params = head.HeadParams(final_norm, weights)
+        grads = head.HeadParams(jnp.zeros((INNER,), jnp.float32), grads)
+        return head.cross_entropy_and_grads(params, h, label, 1.0, grads, eps=1e-6, chunk=ROWS)
+
+    made_for = types.SimpleNamespace(platform="gpu", core_count=132, compute_capability=generation)
+    with target.made_for(made_for):
+        return lowered_kernels(
+            loss,
+            final_norm=(jnp.bfloat16, INNER),
+            weights=(jnp.bfloat16, vocab_size, INNER),
+            h=(jnp.bfloat16, ROWS, INNER),
+            label=(jnp.int32, ROWS),
+            grads=(jnp.float32, vocab_size, INNER),
+        )
+
+
+def test_the_loss_is_one_kernel_where_a_row_fits_shared_memory():
+    assert loss_kernels(32_000, "9.0") == 1
+    assert loss_kernels(32_001, "9.0") == loss_kernels(256_000, "9.0") == 0
+    assert loss_kernels(32_000, "8.0") == 0
+
+
+@pytest.mark.parametrize("vocab_size", [256, 512, 32_000, 32_768, 49_152, 50_257, 102_400, 151_936])
+def test_pieces_of_a_row_fit_shared_memory(vocab_size):
+    words = softmax_hopper.piece_words(vocab_size)
+    assert (words is None) == (vocab_size > 52_000 or vocab_size % 256 != 0)
+    if words is not None:
+        assert vocab_size % words == words % 256 == 0
+        assert 4 * vocab_size <= softmax_hopper.SHARED_BYTES

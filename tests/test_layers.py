@@ -215,11 +215,15 @@ def test_choose_experts_takes_the_best_first_and_ties_to_the_lower_id():
     hnp.arrays(np.int8, 5, elements=st.integers(-3, 3)),
 )
 def test_choose_experts_is_a_stable_sort_of_score_plus_bias(scores, bias):
-    ids = CHOOSE_THREE(scores.astype(np.float64), bias.astype(np.float64))
-    np.testing.assert_array_equal(ids, np.argsort(-(scores + bias), axis=1, kind="stable")[:, :3])
+    expected = np.argsort(-(scores + bias), axis=1, kind="stable")[:, :3]
+    scores, bias = scores.astype(np.float64), bias.astype(np.float64)
+    np.testing.assert_array_equal(CHOOSE_THREE(scores, bias), expected)
+    # As on a GPU.
+    np.testing.assert_array_equal(THREE_IN_TURN(scores + bias), expected)
 
 
 CHOOSE_THREE = jax.jit(functools.partial(router.choose_experts, top_k=3))
+THREE_IN_TURN = jax.jit(functools.partial(router.largest_in_turn, count=3))
 
 
 def test_router_and_its_scores():
@@ -237,6 +241,30 @@ def test_router_and_its_scores():
     assert_close(router.router_scores(logits, "sigmoid"), exp / (1 + exp))
     with pytest.raises(ValueError, match="'softmax' or 'sigmoid'"):
         router.router_scores(logits, "tanh")
+
+
+def test_gradients_of_a_bfloat16_router_are_within_its_rounding():
+    x, kernel = (jnp.asarray(normal(*s), jnp.bfloat16) for s in ((300, 8), (8, 3)))
+    dlogits = normal(300, 3, seed=1).astype(np.float32)
+    graphdef, _ = nnx.split(
+        nnx.eval_shape(
+            lambda: router.Router(d_model=8, num_experts=3, init_std=1, rngs=nnx.Rngs(0))
+        )
+    )
+
+    @jax.jit
+    def gradients(kernel, x, dlogits):
+        def logits(kernel, x):
+            return nnx.merge(graphdef, {"kernel": kernel})(x)
+
+        return jax.vjp(logits, kernel, x)[1](dlogits)
+
+    dkernel, dx = (np.asarray(d, np.float64) for d in gradients(kernel, x, dlogits))
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    # Half a unit of the last of eight digits, of each term and of the sum.
+    for found, left, right in ((dx, dlogits, kernel.T), (dkernel, x.T, dlogits)):
+        exact, terms = left @ right, np.abs(left) @ np.abs(right)
+        assert np.all(np.abs(found - exact) <= 2**-8 * (1.01 * terms + np.abs(exact)))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
