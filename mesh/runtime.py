@@ -29,14 +29,15 @@ GPU_ENVIRONMENT = {
     # Loading a kernel while NCCL waits on another GPU can block both; roles load different ones.
     "CUDA_MODULE_LOADING": "EAGER",
 }
-# A slow network on one machine: NCCL through loopback sockets.
+# A slow network on one machine: NCCL through loopback sockets. More sockets and threads of a channel
+# are a fifth faster, and twice as unsteady: they busily wait on more cores than there are.
 SOCKETS = {
     "NCCL_P2P_DISABLE": "1",
     "NCCL_SHM_DISABLE": "1",
     "NCCL_IB_DISABLE": "1",
     "NCCL_SOCKET_IFNAME": "lo",
-    "NCCL_NSOCKS_PERTHREAD": "4",
-    "NCCL_SOCKET_NTHREADS": "4",
+    "NCCL_NSOCKS_PERTHREAD": "1",
+    "NCCL_SOCKET_NTHREADS": "1",
 }
 NETWORKS = {"default": {}, "sockets": SOCKETS}
 # Of a named network NCCL says in its log what it uses (disag_jax/nccl_log.py).

@@ -193,7 +193,7 @@ def test_the_kernel_of_the_loss_equals_the_formula(vocab_size):
     draw = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)  # noqa: E731
     params = head.HeadParams(jnp.ones((64,), jnp.bfloat16), draw(keys[0], vocab_size, 64))
     h = draw(keys[1], rows, 64)
-    label = jax.random.randint(keys[2], (rows,), -1, vocab_size)
+    label = jax.random.randint(keys[2], (rows,), -1, vocab_size, jnp.int32)
     label = label.at[:5].set(jnp.array([0, vocab_size - 1, 255, 256, head.NO_LABEL]))
     run = jax.jit(functools.partial(head.cross_entropy_and_grads, eps=1e-6, chunk=700))
 
