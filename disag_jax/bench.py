@@ -102,7 +102,8 @@ def _compared(record: dict, config: Config) -> dict:
     """What figures must have in common to be compared: all that their times depend on."""
     sections = facts.as_json(config)
     names = ("model", "split", "batch", *(["optimizer"] if record["what"] == "step" else []))
-    run = {name: sections["run"][name] for name in ("compute_dtype", "recompute", "loss_chunk")}
+    of_run = ("compute_dtype", "recompute", "loss_chunk", "fused_loss")
+    run = {name: sections["run"][name] for name in of_run}
     return {
         "what": record["what"],
         "devices": record["devices"],

@@ -224,7 +224,7 @@ def loss_call(geometry: Geometry):
     def run(sums, head, h_TD, labels):
         total, dh_TD, sums = cross_entropy_and_grads(
             head, h_TD, labels, 1.0 / tokens, sums,
-            eps=config.model.norm_eps, chunk=config.run.loss_chunk,
+            eps=config.model.norm_eps, chunk=config.run.loss_chunk, fused=config.run.fused_loss,
         )  # fmt: skip
         return sums, (total, dh_TD)
 

@@ -245,6 +245,8 @@ class RunConfig:
         state are float32 (float64 with float64).
       recompute: what backward units compute again to save memory.
       loss_chunk: tokens whose logits a worker holds at once.
+      fused_loss: softmax, loss and its gradient by one kernel where that takes them: on Hopper
+        GPUs, for vocabularies in steps of 256 of up to some 50,000.
       eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never,
         except when the run is told to stop).
       eval_batches: steps' worth of held-out text per evaluation; 0 means none.
@@ -268,6 +270,7 @@ class RunConfig:
     compute_dtype: Dtype = Dtype.BFLOAT16
     recompute: Recompute = Recompute.SELECTIVE
     loss_chunk: int = 1024
+    fused_loss: bool = False
     log_every: int = 10
     eval_every: int = 0
     eval_batches: int = 4

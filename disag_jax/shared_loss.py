@@ -87,7 +87,10 @@ class SharedLoss:
         """Returns (part of the sum, dh [T, D] on the owners, head gradients added to `grads`)."""
 
         def of(h, label, grads):
-            return cross_entropy_and_grads(params, h, label, scale, grads, **self._head_options())
+            return cross_entropy_and_grads(
+                params, h, label, scale, grads, fused=self.geometry.config.run.fused_loss,
+                **self._head_options(),
+            )  # fmt: skip
 
         own = h_TD[: self.own_tokens], label_T[: self.own_tokens]
         if self.all_own:

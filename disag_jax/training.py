@@ -28,6 +28,7 @@ from disag_jax.step import Stepper
 from disag_jax.stragglers import Stragglers
 from disag_jax.watchdog import Watchdog
 from disag_jax.workdir import Workdir
+from layers import target
 from mesh.placement import Meshes
 
 NO_ACCELERATOR = "no accelerator was found, and --cpu_devices simulates devices"
@@ -186,8 +187,13 @@ def make_meshes(config: Config) -> Meshes:
             f"split = {placement.num_devices} devices must be of one kind, not {', '.join(kinds)}: "
             "the schedule waits for the slowest"
         )
-    is_bfloat16 = config.run.compute_dtype is Dtype.BFLOAT16
-    if devices[0].platform == "gpu" and is_bfloat16 and config.model.head_dim % 8:
+    if devices[0].platform != "gpu":
+        return Meshes.make(placement, devices)
+    try:
+        target.num_processors()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.run.compute_dtype is Dtype.BFLOAT16 and config.model.head_dim % 8:
         raise ConfigError(
             f"model.head_dim = {config.model.head_dim} must be a multiple of 8 on GPUs in "
             "bfloat16, for cuDNN's attention"

@@ -36,19 +36,24 @@ def cross_entropy(params: HeadParams, h_TD, label_T, *, eps: float, chunk: int):
 
 
 def cross_entropy_and_grads(
-    params: HeadParams, h_TD, label_T, scale, grads: HeadParams, *, eps: float, chunk: int
-):
+    params: HeadParams, h_TD, label_T, scale, grads: HeadParams, *, eps: float, chunk: int,
+    fused: bool = False,
+):  # fmt: skip
     """Returns (sum of -log p(label), dh [T, D], grads): gradients of `scale` times the sum.
 
     Parameter gradients are added to `grads` (float32 or wider) in place; only one chunk's logits
     [c, V] exist at a time, in the forward and in the backward pass.
+
+    fused: one kernel for softmax, loss and gradient where there is one (layers/softmax_hopper.py).
     """
 
     def add_chunk(carry, inputs):
         total, grads = carry
         h_cD, label_c = inputs
         x_cD, norm_vjp = jax.vjp(lambda h, s: rms_norm(h, s, eps), h_cD, params.final_norm)
-        nll_c, dlogits_cV = _nll_and_gradient(_logits(params, x_cD), label_c, scale, h_cD.dtype)
+        logits_cV = _logits(params, x_cD)
+        kernel = _kernel(logits_cV, h_cD.dtype) if fused else None
+        nll_c, dlogits_cV = _nll_and_gradient(logits_cV, label_c, scale, h_cD.dtype, kernel)
         dx_cD = dlogits_cV @ params.head
         dh_cD, dnorm_D = norm_vjp(dx_cD)
         dhead_VD = jnp.einsum(
@@ -70,14 +75,13 @@ def _logits(params: HeadParams, x_cD):
     return jnp.einsum("cd,vd->cv", x_cD, params.head, preferred_element_type=wide)
 
 
-def _nll_and_gradient(logits_cV, label_c, scale, dtype):
+def _nll_and_gradient(logits_cV, label_c, scale, dtype, kernel):
     """Negative log-likelihood [c], and the gradient of `scale` times it by the logits [c, V]."""
     has_label_c = label_c >= 0
     weight_c = jnp.where(has_label_c, scale, 0).astype(logits_cV.dtype)
-    hopper = _hopper(logits_cV, dtype)
-    if hopper is not None:
+    if kernel is not None:
         some_label_c = jnp.maximum(label_c, 0)
-        nll_c, dlogits_cV = hopper.nll_and_gradient(logits_cV, some_label_c, weight_c, dtype)
+        nll_c, dlogits_cV = kernel.nll_and_gradient(logits_cV, some_label_c, weight_c, dtype)
         return jnp.where(has_label_c, nll_c, 0), dlogits_cV
     nll_c, log_partition_c = _nll(logits_cV, label_c)
     probability_cV = jnp.exp(logits_cV - log_partition_c[:, None])
@@ -85,7 +89,7 @@ def _nll_and_gradient(logits_cV, label_c, scale, dtype):
     return nll_c, ((probability_cV - is_label_cV) * weight_c[:, None]).astype(dtype)
 
 
-def _hopper(logits_cV, dtype):
+def _kernel(logits_cV, dtype):
     """The module of the kernel that takes these logits and makes such a gradient, or None."""
     if not target.is_hopper() or (logits_cV.dtype, dtype) != (jnp.float32, jnp.bfloat16):
         return None

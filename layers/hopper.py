@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from layers.target import device
+from layers import target
 
 ROWS = 128  # of one tile
 SIDE = 128  # of the square that a warpgroup computes
@@ -71,12 +71,12 @@ def store(parts, staging, group):
 
     parts: (values, where they go) of each.
     """
-    for number, (values, target) in enumerate(parts):
+    for number, (values, place) in enumerate(parts):
         slot = staging.at[group, number % SQUARES]
         plgpu.wait_smem_to_gmem(SQUARES - 1, wait_read_only=True)
         slot[...] = values
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(slot, target)
+        plgpu.copy_smem_to_gmem(slot, place)
 
 
 def for_each_block(blocks, block, stripe: int):
@@ -100,11 +100,6 @@ def on_accumulators(finish, *shapes):
     return compute_context
 
 
-def num_processors() -> int:
-    """Streaming multiprocessors of the GPU: blocks in flight."""
-    return device().core_count
-
-
 def call(kernel, operands, out=None, *, in_place=None):
     """Runs the kernel on its operands, by three warpgroups on every processor.
 
@@ -114,7 +109,7 @@ def call(kernel, operands, out=None, *, in_place=None):
     function = pl.kernel(
         kernel,
         mesh=plgpu.Mesh(
-            grid=(num_processors(),), grid_names=("sm",), num_threads=3, thread_name="wg"
+            grid=(target.num_processors(),), grid_names=("sm",), num_threads=3, thread_name="wg"
         ),
         out_type=() if out is None else out,
         name=kernel.__name__,

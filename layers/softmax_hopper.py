@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from layers import hopper
+from layers import target
 
 SIDE = 256  # the most that a copy into shared memory spans along one dim
 LARGEST_PIECE, MOST_PIECES = 8192, 8
@@ -100,7 +100,7 @@ def nll_and_gradient(logits_cV, label_c, weight_c, dtype):
 
     function = pl.kernel(
         softmax_gradient,
-        mesh=plgpu.Mesh(grid=(hopper.num_processors(),), grid_names=("sm",)),
+        mesh=plgpu.Mesh(grid=(target.num_processors(),), grid_names=("sm",)),
         out_type=(
             jax.ShapeDtypeStruct((num_rows,), jnp.float32),
             jax.ShapeDtypeStruct((num_rows, pieces * height, SIDE), dtype),

@@ -7,6 +7,8 @@ import contextlib
 
 import jax
 
+from mesh import runtime
+
 _absent = []
 
 
@@ -23,6 +25,20 @@ def is_gpu() -> bool:
 def is_hopper() -> bool:
     """Whether programs are made for GPUs of the generation that our kernels are written for."""
     return is_gpu() and device().compute_capability == "9.0"
+
+
+def num_processors() -> int:
+    """Streaming multiprocessors that a kernel of ours fills: all but those that NCCL was given.
+
+    Each has its share of the work from the start. Where NCCL's kernel holds one for the length of a
+    transfer, that share waits, and the kernel takes up to twice its time.
+    """
+    total, taken = device().core_count, runtime.nccl_processors()
+    if taken >= total:
+        raise ValueError(
+            f"{runtime.NCCL_PROCESSORS} = {taken} must be below {total}, all there are"
+        )
+    return total - taken
 
 
 @contextlib.contextmanager

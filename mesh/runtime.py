@@ -29,17 +29,18 @@ GPU_ENVIRONMENT = {
     # Loading a kernel while NCCL waits on another GPU can block both; roles load different ones.
     "CUDA_MODULE_LOADING": "EAGER",
 }
-# A slow network on one machine: NCCL through loopback sockets. More sockets and threads of a channel
-# are a fifth faster, and twice as unsteady: they busily wait on more cores than there are.
+# A slow network on one machine: NCCL through loopback sockets.
 SOCKETS = {
     "NCCL_P2P_DISABLE": "1",
     "NCCL_SHM_DISABLE": "1",
     "NCCL_IB_DISABLE": "1",
     "NCCL_SOCKET_IFNAME": "lo",
-    "NCCL_NSOCKS_PERTHREAD": "1",
-    "NCCL_SOCKET_NTHREADS": "1",
+    "NCCL_NSOCKS_PERTHREAD": "4",
+    "NCCL_SOCKET_NTHREADS": "4",
 }
 NETWORKS = {"default": {}, "sockets": SOCKETS}
+# How many streaming multiprocessors NCCL takes at most; without it, as many as it likes.
+NCCL_PROCESSORS = "NCCL_MAX_CTAS"
 # Of a named network NCCL says in its log what it uses (disag_jax/nccl_log.py).
 NETWORK_LOG = {
     "NCCL_DEBUG": "INFO",
@@ -97,6 +98,14 @@ def _add_flags(flags: dict[str, str], override: bool):
     kept = [flag for flag in given if not (override and flag.split("=")[0] in flags)]
     added = [f"{k}={v}" for k, v in flags.items() if override or k not in names]
     os.environ["XLA_FLAGS"] = " ".join(kept + added)
+
+
+def nccl_processors() -> int:
+    """The streaming multiprocessors that the environment gives to NCCL; 0 where it does not say."""
+    given = os.environ.get(NCCL_PROCESSORS, "0")
+    if not given.isdecimal():
+        raise ValueError(f"{NCCL_PROCESSORS} = {given!r} must be a number, 0 or more")
+    return int(given)
 
 
 def is_on(flag: str) -> bool:

@@ -6,7 +6,7 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from layers import hopper, target
+from layers import target
 from layers.attention import AttentionKernel, default_kernel
 from layers.grouped_matmul import tile_rows
 from mesh import absent
@@ -33,7 +33,7 @@ def test_kernels_are_chosen_for_the_device_that_programs_are_made_for():
     assert not target.is_gpu() and tile_rows() == 32
     device = types.SimpleNamespace(platform="gpu", core_count=132, compute_capability="9.0")
     with target.made_for(device):
-        assert target.is_gpu() and tile_rows() == 128 and hopper.num_processors() == 132
+        assert target.is_gpu() and tile_rows() == 128 and target.num_processors() == 132
         assert default_kernel(jnp.bfloat16) is AttentionKernel.CUDNN
     assert not target.is_gpu()
     assert default_kernel(jnp.bfloat16) is AttentionKernel.EINSUM

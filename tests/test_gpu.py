@@ -195,13 +195,14 @@ def test_the_kernel_of_the_loss_equals_the_formula(vocab_size):
     h = draw(keys[1], rows, 64)
     label = jax.random.randint(keys[2], (rows,), -1, vocab_size, jnp.int32)
     label = label.at[:5].set(jnp.array([0, vocab_size - 1, 255, 256, head.NO_LABEL]))
-    run = jax.jit(functools.partial(head.cross_entropy_and_grads, eps=1e-6, chunk=700))
+    options = dict(eps=1e-6, chunk=700, fused=True)
+    run = jax.jit(functools.partial(head.cross_entropy_and_grads, **options))
 
     def outputs(dtype, wide):
         ours, grads = (jax.tree.map(lambda x, t=t: x.astype(t), params) for t in (dtype, wide))
         return run(ours, h.astype(dtype), label, 0.1, jax.tree.map(jnp.zeros_like, grads))
 
-    assert head._hopper(jnp.zeros((1, vocab_size), jnp.float32), jnp.bfloat16) is not None
+    assert head._kernel(jnp.zeros((1, vocab_size), jnp.float32), jnp.bfloat16) is not None
     found, exact = outputs(jnp.bfloat16, jnp.float32), outputs(jnp.float64, jnp.float64)
     for ours, expected, tolerance in zip(
         jax.tree.leaves(found), jax.tree.leaves(exact), (1e-4, 1e-2, 1e-2, 1e-2), strict=True
@@ -252,7 +253,9 @@ def bfloat16_config(split=PAIR):
         num_experts=8, top_k=2, expert_width=256, balance_loss_weight=0.01, z_loss_weight=1e-3,
     )  # fmt: skip
     config.batch = BatchConfig(sequence_length=256, tokens_per_worker=1024, micro_batches=2)
-    config.run = dataclasses.replace(config.run, compute_dtype=Dtype.BFLOAT16, loss_chunk=256)
+    config.run = dataclasses.replace(
+        config.run, compute_dtype=Dtype.BFLOAT16, loss_chunk=256, fused_loss=True
+    )
     return config.validate()
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import grouped_matmul_hopper, hopper, softmax_hopper
+from layers import grouped_matmul_hopper, softmax_hopper, target
 
 # Not among JAX's public names.
 interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
@@ -22,7 +22,7 @@ FIRST_2 = np.array([3, 1], np.int32)
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(hopper, "num_processors", lambda: 2)
+    monkeypatch.setattr(target, "num_processors", lambda: 2)
     with interpreter.force_gpu_interpret_mode():
         yield
 

@@ -113,13 +113,24 @@ def test_weight_gradients_lower_in_both_orientations(inner, outer):
     assert found == 1
 
 
-def loss_kernels(vocab_size: int, generation: str) -> int:
+def test_processors_that_nccl_was_given_are_left_to_it(monkeypatch):
+    assert target.num_processors() == 132
+    monkeypatch.setenv("NCCL_MAX_CTAS", "4")
+    assert target.num_processors() == 128
+    for wrong, rule in (("132", "below 132"), ("-1", "a number, 0 or more"), ("four", "a number")):
+        monkeypatch.setenv("NCCL_MAX_CTAS", wrong)
+        with pytest.raises(ValueError, match=f"NCCL_MAX_CTAS = .*{wrong}.* must be {rule}"):
+            target.num_processors()
+
+
+def loss_kernels(vocab_size: int, generation: str, *, fused: bool = True) -> int:
     """Kernels in the lowered gradients of a loss."""
 
     def loss(final_norm, weights, h, label, grads):
         params = head.HeadParams(final_norm, weights)
         grads = head.HeadParams(jnp.zeros((INNER,), jnp.float32), grads)
-        return head.cross_entropy_and_grads(params, h, label, 1.0, grads, eps=1e-6, chunk=ROWS)
+        options = dict(eps=1e-6, chunk=ROWS, fused=fused)
+        return head.cross_entropy_and_grads(params, h, label, 1.0, grads, **options)
 
     made_for = types.SimpleNamespace(platform="gpu", core_count=132, compute_capability=generation)
     with target.made_for(made_for):
@@ -136,7 +147,7 @@ def loss_kernels(vocab_size: int, generation: str) -> int:
 def test_the_loss_is_one_kernel_where_a_row_fits_shared_memory():
     assert loss_kernels(32_000, "9.0") == 1
     assert loss_kernels(32_001, "9.0") == loss_kernels(256_000, "9.0") == 0
-    assert loss_kernels(32_000, "8.0") == 0
+    assert loss_kernels(32_000, "8.0") == loss_kernels(32_000, "9.0", fused=False) == 0
 
 
 @pytest.mark.parametrize("vocab_size", [256, 512, 32_000, 32_768, 49_152, 50_257, 102_400, 151_936])

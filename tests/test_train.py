@@ -271,6 +271,7 @@ class FakeDevice:
 
     platform: str
     device_kind: str
+    core_count: int = 132
 
 
 def meshes_on(devices, monkeypatch, **changes):
@@ -301,6 +302,12 @@ def test_head_dims_that_cudnn_refuses_are_refused(monkeypatch):
     changes = {"model": {"head_dim": 12}, "run": {"compute_dtype": Dtype.BFLOAT16}}
     with pytest.raises(ConfigError, match=r"model.head_dim = 12 must be a multiple of 8 on GPUs"):
         meshes_on(devices, monkeypatch, **changes)
+
+
+def test_nccl_cannot_be_given_all_processors(monkeypatch):
+    monkeypatch.setenv("NCCL_MAX_CTAS", "132")
+    with pytest.raises(ConfigError, match="NCCL_MAX_CTAS = 132 must be below 132"):
+        meshes_on([FakeDevice("gpu", "H100")] * 8, monkeypatch)
 
 
 def test_colocated_mappings_must_fit_the_devices(monkeypatch):
