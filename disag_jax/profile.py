@@ -8,7 +8,7 @@ The pipeline's phases and the loss are timed in some variants of the config's sh
 sums over sizes, and the optimizer; each is fitted to the work in it (disag_jax/planner/fits.py).
 The devices, an even number of them, are half attention and half expert workers. With `--units` only
 transfers are measured, and all else is taken from a profile of the same devices: it does not depend
-on the network.
+on the network, but for what units lose beside transfers.
 """
 
 import copy
@@ -81,14 +81,14 @@ def profile(
         nics_per_node=len(jax.devices()),
         intra_node=fit_link(points),
         inter_node=None,
-        # Beside transfers over another network a unit loses something else.
-        lost_beside_transfers=lost,
         network=network,
     )
     if known:
+        # What its units lose beside transfers is of another network, and nearer than nothing.
         hardware = dataclasses.replace(known, **here)
     else:
-        hardware = Hardware(**here, **_fitted_devices(config, points, rates))
+        devices = _fitted_devices(config, points, rates)
+        hardware = Hardware(**here, **devices, lost_beside_transfers=lost)
     write_out(pathlib.Path(out), dataclasses.asdict(hardware))
     return hardware
 

@@ -37,6 +37,7 @@ def nll_and_gradient(logits_cV, label_c, weight_c, dtype):
     logits: float32, of a width that `piece_words` takes; label: int32, of 0 <= label < V;
     weight: float32.
     """
+    assert (logits_cV.dtype, label_c.dtype) == (jnp.float32, jnp.int32)
     num_rows, vocab_size = logits_cV.shape
     words = piece_words(vocab_size)
     pieces, height = vocab_size // words, words // SIDE
