@@ -99,7 +99,7 @@ def _figure(record: dict) -> Figure:
 
 
 def _compared(record: dict, config: Config) -> dict:
-    """What figures must have in common to be compared: all that their times depend on."""
+    """What figures must have in common to be compared: of the config, what times depend on."""
     sections = facts.as_json(config)
     names = ("model", "split", "batch", *(["optimizer"] if record["what"] == "step" else []))
     of_run = ("compute_dtype", "recompute", "loss_chunk", "fused_loss")

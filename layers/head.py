@@ -44,16 +44,18 @@ def cross_entropy_and_grads(
     Parameter gradients are added to `grads` (float32 or wider) in place; only one chunk's logits
     [c, V] exist at a time, in the forward and in the backward pass.
 
-    fused: one kernel for softmax, loss and gradient where there is one (layers/softmax_hopper.py).
+    fused: by one kernel for softmax, loss and gradient by the logits, where `can_fuse`.
     """
+
+    fused = fused and can_fuse(params.head.shape[0], h_TD.dtype)
 
     def add_chunk(carry, inputs):
         total, grads = carry
         h_cD, label_c = inputs
         x_cD, norm_vjp = jax.vjp(lambda h, s: rms_norm(h, s, eps), h_cD, params.final_norm)
         logits_cV = _logits(params, x_cD)
-        kernel = _kernel(logits_cV, h_cD.dtype) if fused else None
-        nll_c, dlogits_cV = _nll_and_gradient(logits_cV, label_c, scale, h_cD.dtype, kernel)
+        make = _fused_nll_and_gradient if fused else _nll_and_gradient
+        nll_c, dlogits_cV = make(logits_cV, label_c, scale, h_cD.dtype)
         dx_cD = dlogits_cV @ params.head
         dh_cD, dnorm_D = norm_vjp(dx_cD)
         dhead_VD = jnp.einsum(
@@ -75,28 +77,39 @@ def _logits(params: HeadParams, x_cD):
     return jnp.einsum("cd,vd->cv", x_cD, params.head, preferred_element_type=wide)
 
 
-def _nll_and_gradient(logits_cV, label_c, scale, dtype, kernel):
+def can_fuse(vocab_size: int, dtype) -> bool:
+    """Whether a kernel makes loss and gradient of activations of this type: on Hopper GPUs."""
+    if not target.is_hopper() or jnp.dtype(dtype) != jnp.bfloat16:
+        return False
+    return _hopper().piece_words(vocab_size) is not None
+
+
+def _hopper():
+    """The kernel's module, which needs JAX's GPU support to import."""
+    from layers import softmax_hopper
+
+    return softmax_hopper
+
+
+def _nll_and_gradient(logits_cV, label_c, scale, dtype):
     """Negative log-likelihood [c], and the gradient of `scale` times it by the logits [c, V]."""
-    has_label_c = label_c >= 0
-    weight_c = jnp.where(has_label_c, scale, 0).astype(logits_cV.dtype)
-    if kernel is not None:
-        some_label_c = jnp.maximum(label_c, 0)
-        nll_c, dlogits_cV = kernel.nll_and_gradient(logits_cV, some_label_c, weight_c, dtype)
-        return jnp.where(has_label_c, nll_c, 0), dlogits_cV
     nll_c, log_partition_c = _nll(logits_cV, label_c)
     probability_cV = jnp.exp(logits_cV - log_partition_c[:, None])
     is_label_cV = jnp.arange(logits_cV.shape[1]) == label_c[:, None]
+    weight_c = _weight(label_c, scale, logits_cV.dtype)
     return nll_c, ((probability_cV - is_label_cV) * weight_c[:, None]).astype(dtype)
 
 
-def _kernel(logits_cV, dtype):
-    """The module of the kernel that takes these logits and makes such a gradient, or None."""
-    if not target.is_hopper() or (logits_cV.dtype, dtype) != (jnp.float32, jnp.bfloat16):
-        return None
-    # It needs JAX's GPU support to import.
-    from layers import softmax_hopper
+def _fused_nll_and_gradient(logits_cV, label_c, scale, dtype):
+    weight_c = _weight(label_c, scale, logits_cV.dtype)
+    some_label_c = jnp.maximum(label_c, 0)
+    nll_c, dlogits_cV = _hopper().nll_and_gradient(logits_cV, some_label_c, weight_c, dtype)
+    return jnp.where(label_c >= 0, nll_c, 0), dlogits_cV
 
-    return softmax_hopper if softmax_hopper.piece_words(logits_cV.shape[1]) else None
+
+def _weight(label_c, scale, dtype):
+    """`scale` where there is a label."""
+    return jnp.where(label_c >= 0, scale, 0).astype(dtype)
 
 
 def _nll(logits_cV, label_c):

@@ -101,7 +101,7 @@ def on_accumulators(finish, *shapes):
 
 
 def call(kernel, operands, out=None, *, in_place=None):
-    """Runs the kernel on its operands, by three warpgroups on every processor.
+    """Runs the kernel on its operands, by three warpgroups on each processor that NCCL leaves.
 
     It writes a new array like `out`, or changes the array `in_place`, its last operand.
     """

@@ -51,7 +51,7 @@ def _wide_logits(x_TD, kernel_DE):
 def _wide_logits_backward(saved, dlogits_TE):
     x_TD, kernel_DE = saved
     wide = dlogits_TE.dtype
-    # As narrow as the gradients that it makes.
+    # Rounded to the rows' type, as the other gradients of activations are.
     dlogits_TE = dlogits_TE.astype(x_TD.dtype)
     dx_TD = jnp.einsum("te,de->td", dlogits_TE, kernel_DE, preferred_element_type=wide)
     dkernel_DE = jnp.einsum("td,te->de", x_TD, dlogits_TE, preferred_element_type=wide)
@@ -84,7 +84,10 @@ def choose_experts(scores_TE, bias_E, top_k: int):
 
 
 def largest_in_turn(x_TE, count: int):
-    """Columns [T, count] of each row's largest finite values, as `lax.top_k`, found one by one."""
+    """Columns [T, count] of each row's largest values, best first, ties to the lower column.
+
+    As `lax.top_k` of finite values, but for zeros of both signs, which it tells apart.
+    """
     columns = []
     for _ in range(count):
         columns.append(lax.argmax(x_TE, 1, jnp.int32))

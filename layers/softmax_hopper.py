@@ -3,7 +3,7 @@
 A processor keeps a row of logits in its shared memory between finding its largest, summing and
 writing the gradient, so that memory is read once. Measured in benchmarks/README.md.
 
-Legend: c rows, V vocabulary, w words of a piece of a row.
+Legend: c rows, V vocabulary.
 """
 
 import functools
@@ -16,13 +16,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from layers import target
 
-SIDE = 256  # the most that a copy into shared memory spans along one dim
+SIDE = 256  # a row's words lie in rows of so many: a copy spans no more along one dim
+# A thread holds a 128th of a piece in registers, and the code is as long as there are pieces.
 LARGEST_PIECE, MOST_PIECES = 8192, 8
-SHARED_BYTES = 208 * 1024  # for pieces of rows; the rest is for reductions
+SHARED_BYTES = 208 * 1024  # of 227 KiB, for pieces of rows; reductions take 2
 
 
 def piece_words(vocab_size: int) -> int | None:
-    """The most words, 256 n, that cut a row evenly into pieces; None: no row fits the kernel."""
+    """The most words, 256 n, that cut a row into equal pieces; None if it does not fit so."""
     for words in range(LARGEST_PIECE, 0, -SIDE):
         if vocab_size % words == 0:
             pieces = vocab_size // words
@@ -78,16 +79,16 @@ def nll_and_gradient(logits_cV, label_c, weight_c, dtype):
                     x = read(number)
                     largest = x if largest is None else jnp.maximum(largest, x)
                 top = jnp.max(largest)
-                total = sum(jnp.exp(read(number) - top) for number in numbers[1:])
-                total = jnp.sum(total + jnp.exp(read(numbers[0]) - top))
-                log_partition = top + jnp.log(total)
+                exponentials = (jnp.exp(read(number) - top) for number in numbers)
+                log_partition = top + jnp.log(jnp.sum(sum(exponentials)))
                 place = (row, lax.div(label[row], SIDE), lax.rem(label[row], SIDE))
                 log_probability = logits[place] - log_partition
                 nll[row] = -log_probability
                 for piece, number in enumerate(numbers):
                     probability = jnp.exp(read(number) - log_partition)
                     gradient[row, part(piece)] = (probability * weight[row]).astype(dtype)
-                    # All threads have read the piece, and written the gradient.
+                    # A barrier: all threads have read the piece before the next one is copied over
+                    # it, and written their gradient before that at the label replaces one.
                     plgpu.commit_smem()
                     fetch_if_any(number + slots)
                 at_label = (jnp.exp(log_probability) - 1) * weight[row]

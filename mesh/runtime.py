@@ -101,8 +101,11 @@ def _add_flags(flags: dict[str, str], override: bool):
 
 
 def nccl_processors() -> int:
-    """The streaming multiprocessors that the environment gives to NCCL; 0 where it does not say."""
-    given = os.environ.get(NCCL_PROCESSORS, "0")
+    """The streaming multiprocessors that the environment gives to NCCL; 0 where it does not say.
+
+    A communicator takes so many at most; transfers of one pipeline share one.
+    """
+    given = os.environ.get(NCCL_PROCESSORS) or "0"
     if not given.isdecimal():
         raise ValueError(f"{NCCL_PROCESSORS} = {given!r} must be a number, 0 or more")
     return int(given)

@@ -57,11 +57,12 @@ def test_both_products_of_a_pair():
     assert_close(y[:, :USED], np.stack([product(x, stack, first) for first in FIRST_2]))
 
 
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_softmax_gradients_of_more_rows_than_processors(pieces, monkeypatch):
-    """Rows that come in one piece and in several, more than shared memory holds at once."""
+@pytest.mark.parametrize(("pieces", "slots"), [(1, 2), (3, 3), (3, 4), (3, 6)])
+def test_softmax_gradients_of_more_rows_than_processors(pieces, slots, monkeypatch):
+    """Shared memory holds a row, a part of the next one or all of it."""
     vocab_size = pieces * 512
     monkeypatch.setattr(softmax_hopper, "LARGEST_PIECE", 512)
+    monkeypatch.setattr(softmax_hopper, "SHARED_BYTES", slots * 512 * 4)
     assert softmax_hopper.piece_words(vocab_size) == 512
     logits = 5 * jax.random.normal(jax.random.key(0), (7, vocab_size), jnp.float32)
     label = np.array([0, vocab_size - 1, 255, 256, 300, 511, 1], np.int32)

@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from disag_jax.config import ConfigError, Dtype, SplitConfig
+from disag_jax.geometry import buckets, make_geometry
+from disag_jax.shared_loss import SharedLoss
 from layers import grouped_matmul_hopper, head, softmax_hopper, target
+from tests import support
 
 EXPERTS, ROWS, INNER, OUTER = 4, 1024, 256, 384
 
@@ -150,10 +154,29 @@ def test_the_loss_is_one_kernel_where_a_row_fits_shared_memory():
     assert loss_kernels(32_000, "8.0") == loss_kernels(32_000, "9.0", fused=False) == 0
 
 
-@pytest.mark.parametrize("vocab_size", [256, 512, 32_000, 32_768, 49_152, 50_257, 102_400, 151_936])
-def test_pieces_of_a_row_fit_shared_memory(vocab_size):
-    words = softmax_hopper.piece_words(vocab_size)
-    assert (words is None) == (vocab_size > 52_000 or vocab_size % 256 != 0)
-    if words is not None:
-        assert vocab_size % words == words % 256 == 0
-        assert 4 * vocab_size <= softmax_hopper.SHARED_BYTES
+def test_a_loss_without_a_kernel_cannot_be_asked_for():
+    config = support.small_config(SplitConfig())
+    config.run.fused_loss, config.run.compute_dtype = True, Dtype.BFLOAT16
+    gpu = {"platform": "gpu", "core_count": 132, "device_kind": "some GPU"}
+    for generation, vocab_size in (("9.0", 256), ("9.0", 300), ("8.0", 256)):
+        config.model.vocab_size = vocab_size
+        geometry = make_geometry(config.validate(), buckets(config)[0])
+        with target.made_for(types.SimpleNamespace(**gpu, compute_capability=generation)):
+            if (generation, vocab_size) == ("9.0", 256):
+                SharedLoss(geometry)
+                continue
+            with pytest.raises(
+                ConfigError, match=r"fused_loss = True .* = \d+ in bfloat16 on some"
+            ):
+                SharedLoss(geometry)
+
+
+def test_pieces_of_a_row_are_equal_and_fit_shared_memory():
+    """The rule of RunConfig.fused_loss."""
+    for vocab_size in (*range(128, 60_000, 128), 32_001, 50_257, 102_400, 151_936):
+        cuts = [
+            256 * n
+            for n in range(1, 33)
+            if vocab_size % (256 * n) == 0 and vocab_size <= min(8 * 256 * n, 53_248)
+        ]
+        assert softmax_hopper.piece_words(vocab_size) == max(cuts, default=None), vocab_size
