@@ -21,7 +21,7 @@ from disag_jax.shared_loss import SharedLoss
 from disag_jax.timing import Figure, time_calls
 from disag_jax.units import AttentionUnit, ExpertUnit
 from layers import target
-from layers.head import HeadParams, cross_entropy_and_grads
+from layers.head import HeadParams
 from mesh.m2n import slot_of_receiver
 from mesh.roles import Role
 
@@ -213,8 +213,8 @@ class _UnitBench:
 
 def loss_call(geometry: Geometry):
     """A call that runs an owner's part of a micro-batch's loss, forward and backward."""
-    g, config = geometry, geometry.config
-    tokens, vocab_size = SharedLoss(g).own_tokens, config.model.vocab_size
+    g, loss = geometry, SharedLoss(geometry)
+    tokens, vocab_size = loss.own_tokens, g.config.model.vocab_size
     weights = 0.02 * _draw(g, 2, vocab_size, g.D)
     head = HeadParams(jnp.ones((g.D,), g.compute_dtype), weights)
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, g.wide_dtype), head)
@@ -222,10 +222,7 @@ def loss_call(geometry: Geometry):
     h_TD = _draw(g, 3, tokens, g.D)
 
     def run(sums, head, h_TD, labels):
-        total, dh_TD, sums = cross_entropy_and_grads(
-            head, h_TD, labels, 1.0 / tokens, sums,
-            eps=config.model.norm_eps, chunk=config.run.loss_chunk, fused=config.run.fused_loss,
-        )  # fmt: skip
+        total, dh_TD, sums = loss.gradients(head, h_TD, labels, 1.0 / tokens, sums)
         return sums, (total, dh_TD)
 
     program = jax.jit(run, donate_argnums=0)

@@ -97,10 +97,7 @@ class SharedLoss:
         """Returns (part of the sum, dh [T, D] on the owners, head gradients added to `grads`)."""
 
         def of(h, label, grads):
-            return cross_entropy_and_grads(
-                params, h, label, scale, grads, fused=self.geometry.config.run.fused_loss,
-                **self._head_options(),
-            )  # fmt: skip
+            return self.gradients(params, h, label, scale, grads)
 
         own = h_TD[: self.own_tokens], label_T[: self.own_tokens]
         if self.all_own:
@@ -123,6 +120,12 @@ class SharedLoss:
             back = [[(b, a) for a, b in pairs] for pairs in self.pairs]
             parts = [lax.ppermute(dh_share, WORKER, pairs) for pairs in back]
         return total, jnp.concatenate([dh_own, *parts])[: self.geometry.T], grads
+
+    def gradients(self, params: HeadParams, h_TD, label_T, scale, grads: HeadParams):
+        """`cross_entropy_and_grads` of any tokens, as the config has it computed."""
+        fused = self.geometry.config.run.fused_loss
+        options = self._head_options()
+        return cross_entropy_and_grads(params, h_TD, label_T, scale, grads, fused=fused, **options)
 
     def _scatter(self, h_TD, label_T):
         """What this worker helps with; one that helps nobody gets tokens without labels."""

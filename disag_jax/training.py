@@ -187,8 +187,13 @@ def make_meshes(config: Config) -> Meshes:
             f"split = {placement.num_devices} devices must be of one kind, not {', '.join(kinds)}: "
             "the schedule waits for the slowest"
         )
-    if devices[0].platform != "gpu":
-        return Meshes.make(placement, devices)
+    if devices[0].platform == "gpu":
+        _check_gpus(config)
+    return Meshes.make(placement, devices)
+
+
+def _check_gpus(config: Config):
+    """ConfigError where our kernels would have no processor, or cuDNN's attention no head."""
     try:
         target.num_processors()
     except ValueError as error:
@@ -198,7 +203,6 @@ def make_meshes(config: Config) -> Meshes:
             f"model.head_dim = {config.model.head_dim} must be a multiple of 8 on GPUs in "
             "bfloat16, for cuDNN's attention"
         )
-    return Meshes.make(placement, devices)
 
 
 def check_accelerator():
