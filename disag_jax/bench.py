@@ -102,7 +102,7 @@ def _compared(record: dict, config: Config) -> dict:
     """What figures must have in common to be compared: of the config, what times depend on."""
     sections = facts.as_json(config)
     names = ("model", "split", "batch", *(["optimizer"] if record["what"] == "step" else []))
-    of_run = ("compute_dtype", "recompute", "loss_chunk", "fused_loss")
+    of_run = ("compute_dtype", "recompute", "loss_chunk")
     run = {name: sections["run"][name] for name in of_run}
     return {
         "what": record["what"],

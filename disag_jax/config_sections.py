@@ -245,9 +245,6 @@ class RunConfig:
         state are float32 (float64 with float64).
       recompute: what backward units compute again to save memory.
       loss_chunk: tokens whose logits a worker holds at once.
-      fused_loss: softmax, loss and its gradient by one kernel, on Hopper GPUs in bfloat16, for
-        vocabularies that it can cut (layers/softmax_hopper.py): at most 8 equal pieces, each a
-        multiple of 256, up to 53,248. Simulated devices do without.
       eval_every, checkpoint_every: steps between; 0 means only at the end (checkpoints: never,
         except when the run is told to stop).
       eval_batches: steps' worth of held-out text per evaluation; 0 means none.
@@ -271,7 +268,6 @@ class RunConfig:
     compute_dtype: Dtype = Dtype.BFLOAT16
     recompute: Recompute = Recompute.SELECTIVE
     loss_chunk: int = 1024
-    fused_loss: bool = False
     log_every: int = 10
     eval_every: int = 0
     eval_batches: int = 4

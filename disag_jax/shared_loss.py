@@ -15,10 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from disag_jax.conditional import update_if
-from disag_jax.errors import ConfigError
 from disag_jax.geometry import Geometry
-from layers import target
-from layers.head import HeadParams, can_fuse, cross_entropy, cross_entropy_and_grads
+from layers.head import HeadParams, cross_entropy, cross_entropy_and_grads
 from mesh.placement import WORKER, Placement
 from mesh.roles import Role
 from mesh.wire import WordCodec
@@ -43,18 +41,10 @@ class SharedLoss:
       owner_stage: whose attention workers own the losses.
       own_tokens, helpers, share_tokens: as `tokens_of_workers`.
       codec: of the words that a helper gets: hidden states and labels.
-
-    ConfigError on GPUs that have no kernel for the config's `run.fused_loss`.
     """
 
     def __init__(self, geometry: Geometry):
         placement, config = geometry.placement, geometry.config
-        vocab_size, dtype = config.model.vocab_size, geometry.compute_dtype
-        if config.run.fused_loss and target.is_gpu() and not can_fuse(vocab_size, dtype):
-            raise ConfigError(
-                f"run.fused_loss = True must be False for model.vocab_size = {vocab_size} in "
-                f"{dtype} on {target.device().device_kind}"
-            )
         self.geometry = geometry
         self.owner_stage = config.model.num_layers % placement.stages
         self.own_tokens, self.helpers, self.share_tokens = tokens_of_workers(
@@ -123,9 +113,7 @@ class SharedLoss:
 
     def gradients(self, params: HeadParams, h_TD, label_T, scale, grads: HeadParams):
         """`cross_entropy_and_grads` of any tokens, as the config has it computed."""
-        fused = self.geometry.config.run.fused_loss
-        options = self._head_options()
-        return cross_entropy_and_grads(params, h_TD, label_T, scale, grads, fused=fused, **options)
+        return cross_entropy_and_grads(params, h_TD, label_T, scale, grads, **self._head_options())
 
     def _scatter(self, h_TD, label_T):
         """What this worker helps with; one that helps nobody gets tokens without labels."""

@@ -28,7 +28,6 @@ from disag_jax.step import Stepper
 from disag_jax.stragglers import Stragglers
 from disag_jax.watchdog import Watchdog
 from disag_jax.workdir import Workdir
-from layers import target
 from mesh.placement import Meshes
 
 NO_ACCELERATOR = "no accelerator was found, and --cpu_devices simulates devices"
@@ -193,11 +192,7 @@ def make_meshes(config: Config) -> Meshes:
 
 
 def _check_gpus(config: Config):
-    """ConfigError where our kernels would have no processor, or cuDNN's attention no head."""
-    try:
-        target.num_processors()
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    """ConfigError where cuDNN's attention has no kernel for the config's heads."""
     if config.run.compute_dtype is Dtype.BFLOAT16 and config.model.head_dim % 8:
         raise ConfigError(
             f"model.head_dim = {config.model.head_dim} must be a multiple of 8 on GPUs in "

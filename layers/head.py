@@ -36,18 +36,15 @@ def cross_entropy(params: HeadParams, h_TD, label_T, *, eps: float, chunk: int):
 
 
 def cross_entropy_and_grads(
-    params: HeadParams, h_TD, label_T, scale, grads: HeadParams, *, eps: float, chunk: int,
-    fused: bool = False,
-):  # fmt: skip
+    params: HeadParams, h_TD, label_T, scale, grads: HeadParams, *, eps: float, chunk: int
+):
     """Returns (sum of -log p(label), dh [T, D], grads): gradients of `scale` times the sum.
 
     Parameter gradients are added to `grads` (float32 or wider) in place; only one chunk's logits
-    [c, V] exist at a time, in the forward and in the backward pass.
-
-    fused: by one kernel for softmax, loss and gradient by the logits, where `can_fuse`.
+    [c, V] exist at a time, in the forward and in the backward pass. Softmax, loss and gradient by
+    the logits are one kernel where there is one (`has_kernel`).
     """
-
-    fused = fused and can_fuse(params.head.shape[0], h_TD.dtype)
+    fused = has_kernel(params.head.shape[0], h_TD.dtype)
 
     def add_chunk(carry, inputs):
         total, grads = carry
@@ -77,7 +74,7 @@ def _logits(params: HeadParams, x_cD):
     return jnp.einsum("cd,vd->cv", x_cD, params.head, preferred_element_type=wide)
 
 
-def can_fuse(vocab_size: int, dtype) -> bool:
+def has_kernel(vocab_size: int, dtype) -> bool:
     """Whether a kernel makes loss and gradient of activations of this type: on Hopper GPUs."""
     if not target.is_hopper() or jnp.dtype(dtype) != jnp.bfloat16:
         return False

@@ -8,6 +8,7 @@ Source of the technique: the Hopper matmul and ragged-dot examples that ship wit
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -21,6 +22,9 @@ SQUARES = 2  # of a warpgroup that may be on their way out
 STRIPE = 8  # blocks of columns that neighbours in time share, for the L2 cache
 LOADER_REGISTERS = 40
 TILE_ROWS = 8  # of the swizzled tiles in which a buffer lies in shared memory
+# Shares that a processor's work is cut into. NCCL's kernel holds some processors for the length of
+# a transfer: the others take the shares that wait for those; one share each would wait it out.
+SHARES = 8
 
 
 def ignore(*_, **__):
@@ -79,12 +83,25 @@ def store(parts, staging, group):
         plgpu.copy_smem_to_gmem(slot, place)
 
 
-def for_each_block(blocks, block, stripe: int):
-    """Deals the blocks to the processors, neighbours in time sharing operands."""
+def num_shares() -> int:
+    """Shares that the work of a kernel is dealt in, on all processors."""
+    return SHARES * target.num_processors()
 
-    @plgpu.nd_loop((blocks[0] * blocks[1],), collective_axes="sm")
-    def _(loop):
-        block(*plgpu.planar_snake(loop.index[0], blocks, 1, stripe))
+
+def for_each_block(blocks, block, stripe: int):
+    """Deals the blocks to the shares, so that neighbours in time share operands.
+
+    Shares begin in their order: as many as there are processors run side by side.
+    """
+    num_blocks, processors = blocks[0] * blocks[1], target.num_processors()
+    turns = pl.cdiv(num_blocks, num_shares())
+    wave, place = (f(lax.axis_index("share"), processors) for f in (lax.div, lax.rem))
+    first = wave * (turns * processors) + place
+    left = lax.div(num_blocks - first + processors - 1, processors)
+
+    @pl.loop(0, jnp.minimum(turns, left))
+    def _(turn):
+        block(*plgpu.planar_snake(first + turn * processors, blocks, 1, stripe))
 
 
 def on_accumulators(finish, *shapes):
@@ -101,7 +118,7 @@ def on_accumulators(finish, *shapes):
 
 
 def call(kernel, operands, out=None, *, in_place=None):
-    """Runs the kernel on its operands, by three warpgroups on each processor that NCCL leaves.
+    """Runs the kernel on its operands, by three warpgroups for each share.
 
     It writes a new array like `out`, or changes the array `in_place`, its last operand.
     """
@@ -109,7 +126,7 @@ def call(kernel, operands, out=None, *, in_place=None):
     function = pl.kernel(
         kernel,
         mesh=plgpu.Mesh(
-            grid=(target.num_processors(),), grid_names=("sm",), num_threads=3, thread_name="wg"
+            grid=(num_shares(),), grid_names=("share",), num_threads=3, thread_name="wg"
         ),
         out_type=() if out is None else out,
         name=kernel.__name__,

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from layers import target
+from layers import hopper
 
 SIDE = 256  # a row's words lie in rows of so many: a copy spans no more along one dim
 # A thread holds a 128th of a piece in registers, and the code is as long as there are pieces.
@@ -46,14 +46,14 @@ def nll_and_gradient(logits_cV, label_c, weight_c, dtype):
 
     def softmax_gradient(logits, label, weight, nll, gradient):
         def in_scope(ring, arrived):
-            first_row, step = lax.axis_index("sm"), lax.axis_size("sm")
+            first_row, step = lax.axis_index("share"), lax.axis_size("share")
             rows_here = lax.div(num_rows - first_row + step - 1, step)
 
             def part(piece):
                 return pl.ds(piece * height, height)
 
             def fetch(number):
-                """Begins to load a piece, counted over all rows of this processor."""
+                """Begins to load a piece, counted over all rows of this share."""
                 row = first_row + lax.div(number, pieces) * step
                 slot = lax.rem(number, slots)
                 source = logits.at[row, part(lax.rem(number, pieces))]
@@ -102,7 +102,7 @@ def nll_and_gradient(logits_cV, label_c, weight_c, dtype):
 
     function = pl.kernel(
         softmax_gradient,
-        mesh=plgpu.Mesh(grid=(target.num_processors(),), grid_names=("sm",)),
+        mesh=plgpu.Mesh(grid=(hopper.num_shares(),), grid_names=("share",)),
         out_type=(
             jax.ShapeDtypeStruct((num_rows,), jnp.float32),
             jax.ShapeDtypeStruct((num_rows, pieces * height, SIDE), dtype),

@@ -7,8 +7,6 @@ import contextlib
 
 import jax
 
-from mesh import runtime
-
 _absent = []
 
 
@@ -28,17 +26,8 @@ def is_hopper() -> bool:
 
 
 def num_processors() -> int:
-    """Streaming multiprocessors that a kernel of ours fills: all but those that NCCL was given.
-
-    Each has its share of the work from the start. Where NCCL's kernel holds one for the length of a
-    transfer, that share waits, and the kernel takes up to twice its time.
-    """
-    total, taken = device().core_count, runtime.nccl_processors()
-    if taken >= total:
-        raise ValueError(
-            f"{runtime.NCCL_PROCESSORS} = {taken} must be below {total}, all there are"
-        )
-    return total - taken
+    """Streaming multiprocessors of the device."""
+    return device().core_count
 
 
 @contextlib.contextmanager

@@ -39,8 +39,6 @@ SOCKETS = {
     "NCCL_SOCKET_NTHREADS": "4",
 }
 NETWORKS = {"default": {}, "sockets": SOCKETS}
-# How many streaming multiprocessors NCCL takes at most; without it, as many as it likes.
-NCCL_PROCESSORS = "NCCL_MAX_CTAS"
 # Of a named network NCCL says in its log what it uses (disag_jax/nccl_log.py).
 NETWORK_LOG = {
     "NCCL_DEBUG": "INFO",
@@ -98,17 +96,6 @@ def _add_flags(flags: dict[str, str], override: bool):
     kept = [flag for flag in given if not (override and flag.split("=")[0] in flags)]
     added = [f"{k}={v}" for k, v in flags.items() if override or k not in names]
     os.environ["XLA_FLAGS"] = " ".join(kept + added)
-
-
-def nccl_processors() -> int:
-    """The streaming multiprocessors that the environment gives to NCCL; 0 where it does not say.
-
-    A communicator takes so many at most; transfers of one pipeline share one.
-    """
-    given = os.environ.get(NCCL_PROCESSORS) or "0"
-    if not given.isdecimal():
-        raise ValueError(f"{NCCL_PROCESSORS} = {given!r} must be a number, 0 or more")
-    return int(given)
 
 
 def is_on(flag: str) -> bool:

@@ -250,9 +250,7 @@ def bfloat16_config(split=PAIR):
         num_experts=8, top_k=2, expert_width=256, balance_loss_weight=0.01, z_loss_weight=1e-3,
     )  # fmt: skip
     config.batch = BatchConfig(sequence_length=256, tokens_per_worker=1024, micro_batches=2)
-    config.run = dataclasses.replace(
-        config.run, compute_dtype=Dtype.BFLOAT16, loss_chunk=256, fused_loss=True
-    )
+    config.run = dataclasses.replace(config.run, compute_dtype=Dtype.BFLOAT16, loss_chunk=256)
     return config.validate()
 
 

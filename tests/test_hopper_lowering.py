@@ -6,11 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from disag_jax.config import ConfigError, Dtype, SplitConfig
-from disag_jax.geometry import buckets, make_geometry
-from disag_jax.shared_loss import SharedLoss
 from layers import grouped_matmul_hopper, head, softmax_hopper, target
-from tests import support
 
 EXPERTS, ROWS, INNER, OUTER = 4, 1024, 256, 384
 
@@ -117,24 +113,13 @@ def test_weight_gradients_lower_in_both_orientations(inner, outer):
     assert found == 1
 
 
-def test_processors_that_nccl_was_given_are_left_to_it(monkeypatch):
-    assert target.num_processors() == 132
-    monkeypatch.setenv("NCCL_MAX_CTAS", "4")
-    assert target.num_processors() == 128
-    for wrong, rule in (("132", "below 132"), ("-1", "a number, 0 or more"), ("four", "a number")):
-        monkeypatch.setenv("NCCL_MAX_CTAS", wrong)
-        with pytest.raises(ValueError, match=f"NCCL_MAX_CTAS = .*{wrong}.* must be {rule}"):
-            target.num_processors()
-
-
-def loss_kernels(vocab_size: int, generation: str, *, fused: bool = True) -> int:
+def loss_kernels(vocab_size: int, generation: str) -> int:
     """Kernels in the lowered gradients of a loss."""
 
     def loss(final_norm, weights, h, label, grads):
         params = head.HeadParams(final_norm, weights)
         grads = head.HeadParams(jnp.zeros((INNER,), jnp.float32), grads)
-        options = dict(eps=1e-6, chunk=ROWS, fused=fused)
-        return head.cross_entropy_and_grads(params, h, label, 1.0, grads, **options)
+        return head.cross_entropy_and_grads(params, h, label, 1.0, grads, eps=1e-6, chunk=ROWS)
 
     made_for = types.SimpleNamespace(platform="gpu", core_count=132, compute_capability=generation)
     with target.made_for(made_for):
@@ -151,28 +136,11 @@ def loss_kernels(vocab_size: int, generation: str, *, fused: bool = True) -> int
 def test_the_loss_is_one_kernel_where_a_row_fits_shared_memory():
     assert loss_kernels(32_000, "9.0") == 1
     assert loss_kernels(32_001, "9.0") == loss_kernels(256_000, "9.0") == 0
-    assert loss_kernels(32_000, "8.0") == loss_kernels(32_000, "9.0", fused=False) == 0
-
-
-def test_a_loss_without_a_kernel_cannot_be_asked_for():
-    config = support.small_config(SplitConfig())
-    config.run.fused_loss, config.run.compute_dtype = True, Dtype.BFLOAT16
-    gpu = {"platform": "gpu", "core_count": 132, "device_kind": "some GPU"}
-    for generation, vocab_size in (("9.0", 256), ("9.0", 300), ("8.0", 256)):
-        config.model.vocab_size = vocab_size
-        geometry = make_geometry(config.validate(), buckets(config)[0])
-        with target.made_for(types.SimpleNamespace(**gpu, compute_capability=generation)):
-            if (generation, vocab_size) == ("9.0", 256):
-                SharedLoss(geometry)
-                continue
-            with pytest.raises(
-                ConfigError, match=r"fused_loss = True .* = \d+ in bfloat16 on some"
-            ):
-                SharedLoss(geometry)
+    assert loss_kernels(32_000, "8.0") == 0
 
 
 def test_pieces_of_a_row_are_equal_and_fit_shared_memory():
-    """The rule of RunConfig.fused_loss."""
+    """As few as the width of a row allows, none larger than a thread's registers hold."""
     for vocab_size in (*range(128, 60_000, 128), 32_001, 50_257, 102_400, 151_936):
         cuts = [
             256 * n

@@ -304,12 +304,6 @@ def test_head_dims_that_cudnn_refuses_are_refused(monkeypatch):
         meshes_on(devices, monkeypatch, **changes)
 
 
-def test_nccl_cannot_be_given_all_processors(monkeypatch):
-    monkeypatch.setenv("NCCL_MAX_CTAS", "132")
-    with pytest.raises(ConfigError, match="NCCL_MAX_CTAS = 132 must be below 132"):
-        meshes_on([FakeDevice("gpu", "H100")] * 8, monkeypatch)
-
-
 def test_colocated_mappings_must_fit_the_devices(monkeypatch):
     devices = [FakeDevice("gpu", "H100")] * 8
     three = {"placement": PlacementKind.COLOCATED, "attention_workers": 3, "expert_workers": 3}
