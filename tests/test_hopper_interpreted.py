@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import grouped_matmul_hopper, softmax_hopper, target
+from layers import grouped_matmul_hopper, hopper, softmax_hopper, target
 
 # Not among JAX's public names.
 interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
-EXPERTS, TILE, INNER, OUTER = 2, 128, 128, 256
+EXPERTS, TILE, INNER, OUTER = 2, 128, 128, 512
 # The last tile is unused.
 TILE_EXPERT = np.array([0, 1, EXPERTS], np.int32)
 USED = 2 * TILE
@@ -22,7 +22,9 @@ FIRST_2 = np.array([3, 1], np.int32)
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
+    # Four shares, some with more blocks than others.
     monkeypatch.setattr(target, "num_processors", lambda: 2)
+    monkeypatch.setattr(hopper, "SHARES", 2)
     with interpreter.force_gpu_interpret_mode():
         yield
 
@@ -58,23 +60,23 @@ def test_both_products_of_a_pair():
 
 
 @pytest.mark.parametrize(("pieces", "slots"), [(1, 2), (3, 3), (3, 4), (3, 6)])
-def test_softmax_gradients_of_more_rows_than_processors(pieces, slots, monkeypatch):
+def test_softmax_gradients_of_more_rows_than_shares(pieces, slots, monkeypatch):
     """Shared memory holds a row, a part of the next one or all of it."""
     vocab_size = pieces * 512
     monkeypatch.setattr(softmax_hopper, "LARGEST_PIECE", 512)
     monkeypatch.setattr(softmax_hopper, "SHARED_BYTES", slots * 512 * 4)
     assert softmax_hopper.piece_words(vocab_size) == 512
-    logits = 5 * jax.random.normal(jax.random.key(0), (7, vocab_size), jnp.float32)
-    label = np.array([0, vocab_size - 1, 255, 256, 300, 511, 1], np.int32)
-    weight = np.array([1, 0.5, 0, 2, 1e-3, 1, 1], np.float32)
+    logits = 5 * jax.random.normal(jax.random.key(0), (11, vocab_size), jnp.float32)
+    label = np.array([0, vocab_size - 1, 255, 256, 300, 511, 1, 2, 3, 4, 5], np.int32)
+    weight = np.array([1, 0.5, 0, 2, 1e-3, 1, 1, 1, 1, 3, 1], np.float32)
     softmax_hopper.nll_and_gradient.clear_cache()
     nll, gradient = softmax_hopper.nll_and_gradient(logits, label, weight, jnp.dtype("bfloat16"))
 
     wide = np.asarray(logits, np.float64)
     log_probability = wide - np.log(np.sum(np.exp(wide), axis=1, keepdims=True))
-    np.testing.assert_allclose(nll, -log_probability[np.arange(7), label], rtol=1e-6)
+    np.testing.assert_allclose(nll, -log_probability[np.arange(11), label], rtol=1e-6)
     expected = np.exp(log_probability)
-    expected[np.arange(7), label] -= 1
+    expected[np.arange(11), label] -= 1
     # Rounded once, also at the label, where a sum would have lost digits.
     np.testing.assert_allclose(
         np.asarray(gradient, np.float64), expected * weight[:, None], rtol=2**-8, atol=1e-30
