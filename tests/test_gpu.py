@@ -26,7 +26,7 @@ from disag_jax.config import (
     SplitConfig,
 )
 from disag_jax.inputs import load_inputs
-from layers import head, softmax_hopper
+from layers import head, softmax_hopper, target
 from layers.attention import AttentionKernel, causal_attention
 from layers.grouped_matmul import (
     GroupWeights,
@@ -104,6 +104,13 @@ def test_float64_equals_the_oracle(name):
     assert max(jax.tree.leaves(errors)) < 1e-10, errors
 
 
+@pytest.fixture
+def few_processors(monkeypatch):
+    """Kernels have few shares, so that each has several blocks, or rows."""
+    monkeypatch.setattr(target, "num_processors", lambda: 8)
+
+
+@pytest.mark.usefixtures("few_processors")
 @pytest.mark.parametrize("num_weights", [1, 2], ids=["one", "pair"])
 @pytest.mark.parametrize("outer", [320, 384, 1408])
 def test_hopper_kernels_equal_the_portable_product(num_weights, outer):
@@ -185,10 +192,11 @@ def test_a_pair_is_written_where_it_is_kept(outer):
     np.testing.assert_array_equal(found[:, used], expected.view(np.uint16)[:, used])
 
 
+@pytest.mark.usefixtures("few_processors")
 @pytest.mark.parametrize("vocab_size", [512, 32_000, 49_152])
 def test_the_kernel_of_the_loss_equals_the_formula(vocab_size):
     """Row by row; more rows than are loaded ahead, and not as many for each share."""
-    num_rows = 2400
+    num_rows = 1500
     keys = jax.random.split(jax.random.key(0), 3)
     logits = 2 * jax.random.normal(keys[0], (num_rows, vocab_size), jnp.float32)
     label = jax.random.randint(keys[1], (num_rows,), 0, vocab_size, jnp.int32)
