@@ -31,57 +31,71 @@ def route(num_rows: int, skew: float):
     return np.random.default_rng(0).choice(EXPERTS, num_rows, p=weight / weight.sum())
 
 
+class Products:
+    """The products of one routing, as calls without arguments.
+
+    Attributes:
+      counts: real rows of each expert.
+      calls: by name, (products of rows and a weight matrix that it makes, the call). Whatever a
+        call is given is made before: only kernels are timed.
+    """
+
+    # Of an expert: two products forward as a pair and the one down, and what their gradients take.
+    WHOLE = ("x w, x v", "x w", "dy w^T", "dy w^T + dz v^T", *3 * ["+= x^T dy"])
+
+    def __init__(self, num_rows: int, skew: float):
+        ids = route(num_rows, skew)
+        self.counts = np.bincount(ids, minlength=EXPERTS)
+        num_sorted = sorted_rows(num_rows, EXPERTS, tile_rows())
+        order, _ = order_by_expert(
+            jnp.asarray(ids, jnp.int32)[:, None], EXPERTS, num_sorted, tile_rows()
+        )
+        keys = jax.random.split(jax.random.key(0), 3)
+        real = order.pair[:, None] >= 0
+        x = jnp.where(real, jax.random.normal(keys[0], (num_sorted, D_MODEL), jnp.bfloat16), 0)
+        dy, dz = jnp.where(
+            real, jax.random.normal(keys[1], (2, num_sorted, WIDTH), jnp.bfloat16), 0
+        )
+        w = jax.random.normal(keys[2], (2 * EXPERTS, D_MODEL, WIDTH), jnp.bfloat16)
+        sums = jnp.zeros((EXPERTS, D_MODEL, WIDTH))
+        both, groups = jnp.array([0, EXPERTS], jnp.int32), order.tile_expert
+        first, second = both[:1], both[1:]
+        product = functools.partial(rows_times_weights, num_experts=EXPERTS)
+
+        @jax.jit
+        def add_products(dy, dz, w):
+            one = product((dy,), w, first, groups, transpose=True)
+            return one + product((dz,), w, second, groups, transpose=True)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def add(sums, x, dy):
+            return add_weight_gradient(sums, jnp.int32(0), x, dy, groups, EXPERTS)
+
+        def add_again():
+            nonlocal sums
+            sums = add(sums, x, dy)
+            return sums[0, 0, 0]
+
+        self.calls = {
+            "x w": (1, lambda: product((x,), w, first, groups, transpose=False)),
+            "x w, x v": (2, lambda: rows_times_pair(x, w, both, groups, num_experts=EXPERTS)),
+            "dy w^T": (1, lambda: product((dy,), w, first, groups, transpose=True)),
+            "dy w^T + dz v^T": (2, lambda: product((dy, dz), w, both, groups, transpose=True)),
+            "the same in three": (2, lambda: add_products(dy, dz, w)),
+            "+= x^T dy": (1, add_again),
+        }
+
+
 def measure(num_rows: int, skew: float):
     """Prints a line for each product of one routing."""
-    ids = route(num_rows, skew)
-    num_sorted = sorted_rows(num_rows, EXPERTS, tile_rows())
-    order, _ = order_by_expert(
-        jnp.asarray(ids, jnp.int32)[:, None], EXPERTS, num_sorted, tile_rows()
-    )
-    keys = jax.random.split(jax.random.key(0), 3)
-    real = order.pair[:, None] >= 0
-    x = jnp.where(real, jax.random.normal(keys[0], (num_sorted, D_MODEL), jnp.bfloat16), 0)
-    dy, dz = jnp.where(real, jax.random.normal(keys[1], (2, num_sorted, WIDTH), jnp.bfloat16), 0)
-    w = jax.random.normal(keys[2], (2 * EXPERTS, D_MODEL, WIDTH), jnp.bfloat16)
-    sums = jnp.zeros((EXPERTS, D_MODEL, WIDTH))
-
-    # Whatever a call is given is made before: only kernels are timed.
-    both = jnp.array([0, EXPERTS], jnp.int32)
-    first, second = both[:1], both[1:]
-    product = functools.partial(rows_times_weights, num_experts=EXPERTS)
-
-    @jax.jit
-    def add_products(dy, dz, w):
-        one = product((dy,), w, first, order.tile_expert, transpose=True)
-        return one + product((dz,), w, second, order.tile_expert, transpose=True)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def add(sums, x, dy):
-        return add_weight_gradient(sums, jnp.int32(0), x, dy, order.tile_expert, EXPERTS)
-
-    def add_again():
-        nonlocal sums
-        sums = add(sums, x, dy)
-        return sums[0, 0, 0]
-
-    groups = order.tile_expert
-    calls = {
-        "x w": (1, lambda: product((x,), w, first, groups, transpose=False)),
-        "x w, x v": (2, lambda: rows_times_pair(x, w, both, groups, num_experts=EXPERTS)),
-        "dy w^T": (1, lambda: product((dy,), w, first, groups, transpose=True)),
-        "dy w^T + dz v^T": (2, lambda: product((dy, dz), w, both, groups, transpose=True)),
-        "the same in three": (2, lambda: add_products(dy, dz, w)),
-        "+= x^T dy": (1, add_again),
-    }
-    counts = np.bincount(ids, minlength=EXPERTS)
+    products = Products(num_rows, skew)
+    counts = products.counts
     line = functools.partial(_report, num_rows, counts.max() / counts.mean())
     took = {
         name: line(name, time_calls(name, call, calls=REPEATS).milliseconds, num_products)
-        for name, (num_products, call) in calls.items()
+        for name, (num_products, call) in products.calls.items()
     }
-    # Of an expert: two products forward as a pair and the one down, and what their gradients take.
-    whole = ("x w, x v", "x w", "dy w^T", "dy w^T + dz v^T", *3 * ["+= x^T dy"])
-    line("all of an expert", sum(took[name] for name in whole), 9)
+    line("all of an expert", sum(took[name] for name in Products.WHOLE), 9)
     _measure_torch(num_rows, counts, line)
 
 

@@ -1,0 +1,104 @@
+"""What our kernels for Hopper GPUs lose while another kernel holds some of the processors.
+
+  python -m benchmarks.held_processors
+
+NCCL's kernel holds a few for the length of a transfer. Here a kernel that only waits takes its
+place, on a stream of torch's, so that one GPU is enough. Times the products of an expert and the
+loss's softmax with their work dealt in 1 to 16 shares a processor (layers/hopper.py), alone and
+beside it.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from benchmarks.grouped_matmul import Products
+from layers import hopper
+from layers.softmax_hopper import nll_and_gradient
+
+NUM_ROWS = 65_536
+LOSS_ROWS, VOCAB_SIZE = 8_192, 32_000
+CALLS, REPEATS = 10, 5
+# Longer than the calls of a repeat take.
+HELD_MILLISECONDS = 40
+# As many threads as NCCL's kernel has.
+THREADS = 640
+WAIT = r"""
+extern "C" __global__ void wait(int nanoseconds) {
+  long long begin, now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+  do {
+    __nanosleep(200);
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  } while (now - begin < nanoseconds);
+}
+"""
+
+
+class Holder:
+    """Holds processors for a while, beside what other streams run."""
+
+    def __init__(self):
+        self._kernel = torch.cuda._compile_kernel(WAIT, "wait")
+        self._stream = torch.cuda.Stream()
+
+    def hold(self, processors: int):
+        with torch.cuda.stream(self._stream):
+            self._kernel(
+                grid=(processors, 1, 1),
+                block=(THREADS, 1, 1),
+                args=[HELD_MILLISECONDS * 1_000_000],
+                stream=self._stream,
+            )
+        # It must have begun before what is timed is sent.
+        time.sleep(0.002)
+
+    def wait(self):
+        self._stream.synchronize()
+
+
+def milliseconds(call, holder: Holder, held: int) -> float:
+    """Time of a call, median of repeats of several in a row."""
+    jax.block_until_ready([call(), call()])
+    times = []
+    for _ in range(REPEATS):
+        if held:
+            holder.hold(held)
+        began = time.perf_counter()
+        for _ in range(CALLS):
+            result = call()
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - began) / CALLS)
+        holder.wait()
+    return 1e3 * float(np.median(times))
+
+
+def softmax_call():
+    """A call of the loss's kernel."""
+    logits = jax.random.normal(jax.random.key(0), (LOSS_ROWS, VOCAB_SIZE), jnp.float32)
+    labels, weights = jnp.arange(LOSS_ROWS, dtype=jnp.int32), jnp.ones(LOSS_ROWS)
+    return lambda: nll_and_gradient(logits, labels, weights, jnp.dtype("bfloat16"))
+
+
+def main():
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {NUM_ROWS:,} rows; ms")
+    holder = Holder()
+    for shares in (1, 2, 4, 8, 16):
+        # Kernels are made for so many when they are traced.
+        hopper.SHARES = shares
+        jax.clear_caches()
+        products = Products(NUM_ROWS, 0.0)
+        calls = {name: products.calls[name][1] for name in Products.WHOLE}
+        calls["softmax"] = softmax_call()
+        for held in (0, 2):
+            took = {name: milliseconds(call, holder, held) for name, call in calls.items()}
+            took["all of an expert"] = sum(took[name] for name in Products.WHOLE)
+            line = ", ".join(f"{name}: {ms:.3f}" for name, ms in took.items())
+            print(f"{shares} shares, {held} processors held: {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
