@@ -5,7 +5,7 @@
 NCCL's kernel holds a few for the length of a transfer. Here a kernel that only waits takes its
 place, on a stream of torch's, so that one GPU is enough. Times the products of an expert and the
 loss's softmax with their work dealt in 1 to 16 shares a processor (layers/hopper.py), alone and
-beside it.
+beside it. Needs torch (2.11 was there) beside what training needs.
 """
 
 import time
@@ -24,8 +24,8 @@ LOSS_ROWS, VOCAB_SIZE = 8_192, 32_000
 CALLS, REPEATS = 10, 5
 # Longer than the calls of a repeat take.
 HELD_MILLISECONDS = 40
-# As many threads as NCCL's kernel has.
-THREADS = 640
+# Threads as NCCL's kernel has them, and shared memory that leaves none of ours room beside it.
+THREADS, SHARED_BYTES = 640, 40 * 1024
 WAIT = r"""
 extern "C" __global__ void wait(int nanoseconds) {
   long long begin, now;
@@ -51,12 +51,16 @@ class Holder:
                 grid=(processors, 1, 1),
                 block=(THREADS, 1, 1),
                 args=[HELD_MILLISECONDS * 1_000_000],
+                shared_mem=SHARED_BYTES,
                 stream=self._stream,
             )
         # It must have begun before what is timed is sent.
         time.sleep(0.002)
 
     def wait(self):
+        """Waits for the end; RuntimeError if it has come before what was timed had ended."""
+        if self._stream.query():
+            raise RuntimeError(f"processors were held for {HELD_MILLISECONDS} ms, not long enough")
         self._stream.synchronize()
 
 
@@ -72,7 +76,8 @@ def milliseconds(call, holder: Holder, held: int) -> float:
             result = call()
         jax.block_until_ready(result)
         times.append((time.perf_counter() - began) / CALLS)
-        holder.wait()
+        if held:
+            holder.wait()
     return 1e3 * float(np.median(times))
 
 

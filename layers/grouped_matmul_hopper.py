@@ -114,7 +114,7 @@ def rows_times_weights(xs, stack, first_S, tile_expert, *, num_experts: int, tra
 
     out = jax.ShapeDtypeStruct((num_rows, outer), xs[0].dtype)
     operands = (tile_expert, first_S[:, None] + tile_expert, *xs, stack)
-    return hopper.call(multiply_by_group, operands, out)
+    return hopper.call(multiply_by_group, operands, out, blocks=blocks)
 
 
 @functools.partial(jax.jit, static_argnames="num_experts")
@@ -126,8 +126,8 @@ def rows_times_pair(x_PA, stack, first_2, tile_expert, *, num_experts: int):
     """
     num_rows, outer = x_PA.shape[0], stack.shape[2]
     out = jax.ShapeDtypeStruct((2 * num_rows, outer), x_PA.dtype)
-    kernel, operands = _rows_times_pair(0, x_PA, stack, first_2, tile_expert, num_experts)
-    return hopper.call(kernel, operands, out).reshape(2, num_rows, outer)
+    kernel, operands, blocks = _rows_times_pair(0, x_PA, stack, first_2, tile_expert, num_experts)
+    return hopper.call(kernel, operands, out, blocks=blocks).reshape(2, num_rows, outer)
 
 
 @functools.partial(jax.jit, static_argnames="num_experts")
@@ -137,12 +137,14 @@ def write_rows_times_pair(words_RB, first, x_PA, stack, first_2, tile_expert, *,
     words: unsigned integers as wide as the products; first: a multiple of 8.
     """
     assert words_RB.shape[1] == stack.shape[2], (words_RB.shape, stack.shape)
-    kernel, operands = _rows_times_pair(first, x_PA, stack, first_2, tile_expert, num_experts)
-    return hopper.call(kernel, operands, in_place=words_RB)
+    kernel, operands, blocks = _rows_times_pair(
+        first, x_PA, stack, first_2, tile_expert, num_experts
+    )
+    return hopper.call(kernel, operands, blocks=blocks, in_place=words_RB)
 
 
 def _rows_times_pair(first, x_PA, stack, first_2, tile_expert, num_experts: int):
-    """(kernel, its operands) for the rows from `first` on of its last argument."""
+    """(kernel, its operands, its blocks) for the rows from `first` on of its last argument."""
     num_rows, inner = x_PA.shape
     outer = stack.shape[2]
     assert num_rows % ROWS == 0 and inner % DEPTH == 0, (x_PA.shape, stack.shape)
@@ -211,7 +213,8 @@ def _rows_times_pair(first, x_PA, stack, first_2, tile_expert, num_experts: int)
 
     # A copy must be known to begin at a whole tile of shared memory.
     first_1 = jnp.asarray(first // TILE_ROWS, jnp.int32)[None]
-    return multiply_by_pair, (tile_expert, first_2[:, None] + tile_expert, first_1, x_PA, stack)
+    operands = (tile_expert, first_2[:, None] + tile_expert, first_1, x_PA, stack)
+    return multiply_by_pair, operands, blocks
 
 
 @functools.partial(jax.jit, static_argnames="num_experts")
@@ -318,7 +321,7 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: 
 
     places_E = first + jnp.arange(num_experts, dtype=jnp.int32)
     operands = (places_E, tiles_E, first_tile_E, x_PA, dy_PB)
-    return hopper.call(weight_gradient, operands, in_place=sums_NAB)
+    return hopper.call(weight_gradient, operands, blocks=blocks, in_place=sums_NAB)
 
 
 def _gradient_block(inner: int, outer: int) -> tuple[int, int]:

@@ -6,6 +6,8 @@ Source of the technique: the Hopper matmul and ragged-dot examples that ship wit
 (jax.experimental.pallas.ops.gpu).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,8 +24,9 @@ SQUARES = 2  # of a warpgroup that may be on their way out
 STRIPE = 8  # blocks of columns that neighbours in time share, for the L2 cache
 LOADER_REGISTERS = 40
 TILE_ROWS = 8  # of the swizzled tiles in which a buffer lies in shared memory
-# Shares that a processor's work is cut into. NCCL's kernel holds some processors for the length of
-# a transfer: the others take the shares that wait for those; one share each would wait it out.
+# Shares that a processor's work is cut into at most. Where NCCL's kernel holds a processor for the
+# length of a transfer, a share waits until another processor is free: with one share each a kernel
+# takes up to twice its time. Eight lose 7%, and alone nothing (benchmarks/README.md).
 SHARES = 8
 
 
@@ -83,18 +86,19 @@ def store(parts, staging, group):
         plgpu.copy_smem_to_gmem(slot, place)
 
 
-def num_shares() -> int:
-    """Shares that the work of a kernel is dealt in, on all processors."""
-    return SHARES * target.num_processors()
+def num_shares(pieces: int, least: int = 1) -> int:
+    """Shares on all processors that a kernel's work is dealt in, of `least` pieces where it can."""
+    processors = target.num_processors()
+    return processors * max(1, min(SHARES, pl.cdiv(pieces, processors) // least))
 
 
 def for_each_block(blocks, block, stripe: int):
     """Deals the blocks to the shares, so that neighbours in time share operands.
 
-    Shares begin in their order: as many as there are processors run side by side.
+    Shares begin in their order; as many as there are processors run side by side.
     """
-    num_blocks, processors = blocks[0] * blocks[1], target.num_processors()
-    turns = pl.cdiv(num_blocks, num_shares())
+    num_blocks, processors = math.prod(blocks), target.num_processors()
+    turns = pl.cdiv(num_blocks, num_shares(num_blocks))
     wave, place = (f(lax.axis_index("share"), processors) for f in (lax.div, lax.rem))
     first = wave * (turns * processors) + place
     left = lax.div(num_blocks - first + processors - 1, processors)
@@ -117,16 +121,20 @@ def on_accumulators(finish, *shapes):
     return compute_context
 
 
-def call(kernel, operands, out=None, *, in_place=None):
-    """Runs the kernel on its operands, by three warpgroups for each share.
+def call(kernel, operands, out=None, *, blocks, in_place=None):
+    """Runs the kernel on its operands, by three warpgroups for each share of its blocks.
 
     It writes a new array like `out`, or changes the array `in_place`, its last operand.
+    blocks: as `for_each_block` takes them.
     """
 
     function = pl.kernel(
         kernel,
         mesh=plgpu.Mesh(
-            grid=(num_shares(),), grid_names=("share",), num_threads=3, thread_name="wg"
+            grid=(num_shares(math.prod(blocks)),),
+            grid_names=("share",),
+            num_threads=3,
+            thread_name="wg",
         ),
         out_type=() if out is None else out,
         name=kernel.__name__,

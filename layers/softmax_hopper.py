@@ -20,6 +20,7 @@ SIDE = 256  # a row's words lie in rows of so many: a copy spans no more along o
 # A thread holds a 128th of a piece in registers, and the code is as long as there are pieces.
 LARGEST_PIECE, MOST_PIECES = 8192, 8
 SHARED_BYTES = 208 * 1024  # of 227 KiB, for pieces of rows; reductions take 2
+LEAST_ROWS = 8  # of a share: the first of it is fetched beside none
 
 
 def piece_words(vocab_size: int) -> int | None:
@@ -102,7 +103,7 @@ def nll_and_gradient(logits_cV, label_c, weight_c, dtype):
 
     function = pl.kernel(
         softmax_gradient,
-        mesh=plgpu.Mesh(grid=(hopper.num_shares(),), grid_names=("share",)),
+        mesh=plgpu.Mesh(grid=(hopper.num_shares(num_rows, LEAST_ROWS),), grid_names=("share",)),
         out_type=(
             jax.ShapeDtypeStruct((num_rows,), jnp.float32),
             jax.ShapeDtypeStruct((num_rows, pieces * height, SIDE), dtype),

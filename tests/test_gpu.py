@@ -107,7 +107,7 @@ def test_float64_equals_the_oracle(name):
 @pytest.fixture
 def few_processors(monkeypatch):
     """Kernels have few shares, so that each has several blocks, or rows."""
-    monkeypatch.setattr(target, "num_processors", lambda: 8)
+    monkeypatch.setattr(target, "num_processors", lambda: 1)
 
 
 @pytest.mark.usefixtures("few_processors")

@@ -271,7 +271,6 @@ class FakeDevice:
 
     platform: str
     device_kind: str
-    core_count: int = 132
 
 
 def meshes_on(devices, monkeypatch, **changes):

@@ -144,7 +144,8 @@ def loss_work(sizes: Sizes, tokens: int) -> Work:
     chunks = -(-tokens // chunk)
     rows = chunks * chunk
     # Logits are written, read for the maximum and the sum, and for their gradient, which is
-    # written and read by two products.
+    # written and read by two products. So XLA makes it; the kernel of Hopper GPUs, which takes some
+    # vocabularies, reads them once.
     logits = rows * model.vocab_size * (3 * sizes.wide_bytes + 3 * sizes.item_bytes)
     sums = chunks * head * (2 * sizes.item_bytes + 2 * sizes.wide_bytes)
     return Work(FORWARD_AND_BACKWARD * 2 * rows * head, 0, logits + sums)
