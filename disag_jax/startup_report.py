@@ -1,6 +1,7 @@
 """What a run says of itself at its start, after an evaluation and when it stops, as text."""
 
 import math
+import os
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from disag_jax.logical import LeafMap, state_maps
 from disag_jax.pipeline import make_phases
 from disag_jax.state import GROUPS, StateManager
 from disag_jax.step import Stepper
+from layers import target
+from mesh import runtime
 from mesh.roles import Role
 
 
@@ -27,6 +30,7 @@ def start_up(stepper: Stepper, data: str) -> str:
         *_batch(config),
         *_work(stepper),
         *_schedule(stepper),
+        *_queues(),
     ]
     return "\n".join(sections)
 
@@ -200,6 +204,17 @@ def _schedule(stepper: Stepper) -> list[str]:
             f"{rule} = {wave}: the idle share is {schedule.idle_share:.3f}"
         )
     return lines
+
+
+def _queues() -> list[str]:
+    """A warning where the environment has fewer queues, as Megatron's users set it."""
+    given, best = os.environ.get(runtime.QUEUES), runtime.GPU_ENVIRONMENT[runtime.QUEUES]
+    if not target.is_gpu() or given == best:
+        return []
+    return [
+        f"warning   {runtime.QUEUES} = {given} of the environment should be {best}: with fewer, "
+        "units can wait for the transfers that they should hide"
+    ]
 
 
 def _ranges(layers: list[int]) -> str:

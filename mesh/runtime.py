@@ -23,11 +23,15 @@ if jaxlib.version.__version_info__ >= (0, 11):
     # With it, the memory that the temporaries of a step leave serves every small buffer before the
     # free memory behind it does, and those of the next step find no place in one piece.
     GPU_FLAGS["--xla_gpu_enable_allocator_spatial_partitioning"] = "false"
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 GPU_ENVIRONMENT = {
     # JAX takes three quarters by default; nothing else runs on a training GPU.
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
     # Loading a kernel while NCCL waits on another GPU can block both; roles load different ones.
     "CUDA_MODULE_LOADING": "EAGER",
+    # With CUDA's own 8 our graphs begin only when what other streams run has ended, and then no
+    # transfer is hidden (docs/design.md). More than 32 there are not.
+    QUEUES: "32",
 }
 # A slow network on one machine: NCCL through loopback sockets.
 SOCKETS = {

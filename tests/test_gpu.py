@@ -360,6 +360,33 @@ def test_equal_runs_are_bitwise_equal_if_asked(name):
     assert len(hashes[0]) == 64 and hashes[0] == hashes[1]
 
 
+def test_a_step_waits_for_nothing_that_other_streams_run():
+    """As its transfers are; the number of hardware queues counts when CUDA starts."""
+    pytest.importorskip("torch")
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, "-c", STEP_BESIDE_HELD_PROCESSORS]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr[-2000:]
+
+
+STEP_BESIDE_HELD_PROCESSORS = """
+from mesh import runtime
+runtime.start(0)
+from benchmarks.held_processors import Holder
+from tests import support, test_gpu
+config = test_gpu.bfloat16_config(test_gpu.ONE)
+stepper = support.make_stepper(config)
+batch = support.random_sequences(config)
+state, holder = stepper.init(0), Holder(milliseconds=1000)
+for is_held in (False, False, True):
+    if is_held:
+        holder.hold(2)
+    state, _ = stepper.train_step(state, batch)
+    state.wait()
+holder.wait()
+"""
+
+
 @pytest.mark.parametrize("name", ["PAIR", "TWIN"])
 def test_a_resumed_run_equals_the_whole_one(name, tmp_path, monkeypatch):
     """Bit for bit, with checkpoints that GPUs wrote and read."""

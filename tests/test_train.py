@@ -16,6 +16,7 @@ from disag_jax.config import ConfigError, Dtype, PlacementKind, SplitConfig
 from disag_jax.saved_checkpoint import saved_steps
 from disag_jax.schedule import IDLE, schedule_of
 from disag_jax.step import Stepper
+from layers import target
 from tests import support
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -198,6 +199,16 @@ def test_resume_with_another_model(small_run):
     (pathlib.Path(workdir) / "config.json").write_text(json.dumps(before))
     with pytest.raises(ConfigError, match=r"model\.num_layers = 2 must be 7"):
         training.train(config, workdir, resume=True)
+
+
+@pytest.mark.parametrize("queues, warns", [("1", True), ("32", False)])
+def test_few_hardware_queues_are_a_warning_on_gpus(queues, warns, monkeypatch):
+    stepper = support.make_stepper(support.small_config(SplitConfig()))
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", queues)
+    warning = "CUDA_DEVICE_MAX_CONNECTIONS = 1 of the environment should be 32"
+    assert warning not in startup_report.start_up(stepper, "text")
+    monkeypatch.setattr(target, "is_gpu", lambda: True)
+    assert (warning in startup_report.start_up(stepper, "text")) == warns
 
 
 @pytest.mark.parametrize("micro_batches, warns", [(4, False), (5, True), (8, False)])
