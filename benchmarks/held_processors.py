@@ -39,15 +39,19 @@ extern "C" __global__ void wait(int nanoseconds) {
 
 
 class Holder:
-    """Holds processors for a while, 2 s at most, beside what other streams run."""
+    """Holds processors for a while beside what other streams run.
+
+    milliseconds: of one kernel, 2,000 at most.
+    """
 
     def __init__(self, milliseconds: int):
         self._milliseconds = milliseconds
         self._kernel = torch.cuda._compile_kernel(WAIT, "wait")
         self._stream = torch.cuda.Stream()
 
-    def hold(self, processors: int):
-        with torch.cuda.stream(self._stream):
+    def hold(self, processors: int, kernels: int = 1):
+        """Holds so many processors by kernels that follow each other."""
+        for _ in range(kernels):
             self._kernel(
                 grid=(processors, 1, 1),
                 block=(THREADS, 1, 1),
@@ -61,7 +65,7 @@ class Holder:
     def wait(self):
         """Waits for the end; RuntimeError if it has come before what ran beside it had ended."""
         if self._stream.query():
-            raise RuntimeError(f"processors were held for {self._milliseconds} ms: not to the end")
+            raise RuntimeError("processors were not held to the end")
         self._stream.synchronize()
 
 

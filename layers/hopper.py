@@ -26,7 +26,7 @@ LOADER_REGISTERS = 40
 TILE_ROWS = 8  # of the swizzled tiles in which a buffer lies in shared memory
 # Shares that a processor's work is cut into at most. Where NCCL's kernel holds a processor for the
 # length of a transfer, a share waits until another processor is free: with one share each a kernel
-# takes up to twice its time. Eight lose 7%, and alone nothing (benchmarks/README.md).
+# takes up to twice its time. Eight lose a tenth, and alone nothing (benchmarks/README.md).
 SHARES = 8
 
 

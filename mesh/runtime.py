@@ -29,8 +29,8 @@ GPU_ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
     # Loading a kernel while NCCL waits on another GPU can block both; roles load different ones.
     "CUDA_MODULE_LOADING": "EAGER",
-    # With CUDA's own 8 our graphs begin only when what other streams run has ended, and then no
-    # transfer is hidden (docs/design.md). More than 32 there are not.
+    # With as many as CUDA takes by itself a step was seen to wait for all that another stream had
+    # queued (docs/design.md). More than 32 there are not.
     QUEUES: "32",
 }
 # A slow network on one machine: NCCL through loopback sockets.
