@@ -8,20 +8,21 @@ loss's softmax with their work dealt in 1 to 16 shares a processor (layers/hoppe
 beside it. Needs torch (2.11 was there) beside what training needs.
 """
 
+import functools
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 
 from benchmarks.grouped_matmul import Products
+from disag_jax.timing import time_calls
 from layers import hopper
 from layers.softmax_hopper import nll_and_gradient
 
 NUM_ROWS = 65_536
 LOSS_ROWS, VOCAB_SIZE = 8_192, 32_000
-CALLS, REPEATS = 10, 5
+CALLS = 10
 # Longer than the calls of a repeat take.
 MILLISECONDS = 40
 # Threads as NCCL's kernel has them, and shared memory that leaves none of ours room beside it.
@@ -48,9 +49,12 @@ class Holder:
         self._milliseconds = milliseconds
         self._kernel = torch.cuda._compile_kernel(WAIT, "wait")
         self._stream = torch.cuda.Stream()
+        self._is_holding = False
 
     def hold(self, processors: int, kernels: int = 1):
-        """Holds so many processors by kernels that follow each other."""
+        """Holds so many processors by kernels that follow each other, after a `wait`."""
+        self.wait()
+        self._is_holding = True
         for _ in range(kernels):
             self._kernel(
                 grid=(processors, 1, 1),
@@ -64,26 +68,18 @@ class Holder:
 
     def wait(self):
         """Waits for the end; RuntimeError if it has come before what ran beside it had ended."""
-        if self._stream.query():
+        if self._is_holding and self._stream.query():
             raise RuntimeError("processors were not held to the end")
         self._stream.synchronize()
+        self._is_holding = False
 
 
-def milliseconds(call, holder: Holder, held: int) -> float:
-    """Time of a call, median of repeats of several in a row."""
-    jax.block_until_ready([call(), call()])
-    times = []
-    for _ in range(REPEATS):
-        if held:
-            holder.hold(held)
-        began = time.perf_counter()
-        for _ in range(CALLS):
-            result = call()
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - began) / CALLS)
-        if held:
-            holder.wait()
-    return 1e3 * float(np.median(times))
+def milliseconds(name: str, call, holder: Holder, held: int) -> float:
+    """Time of a call beside so many held processors."""
+    prepare = functools.partial(holder.hold, held) if held else holder.wait
+    figure = time_calls(name, call, calls=CALLS, prepare=prepare)
+    holder.wait()
+    return figure.milliseconds
 
 
 def softmax_call():
@@ -104,7 +100,7 @@ def main():
         calls = {name: products.calls[name][1] for name in Products.WHOLE}
         calls["softmax"] = softmax_call()
         for held in (0, 2):
-            took = {name: milliseconds(call, holder, held) for name, call in calls.items()}
+            took = {name: milliseconds(name, call, holder, held) for name, call in calls.items()}
             took["all of an expert"] = sum(took[name] for name in Products.WHOLE)
             line = ", ".join(f"{name}: {ms:.3f}" for name, ms in took.items())
             print(f"{shares} shares, {held} processors held: {line}", flush=True)

@@ -40,15 +40,19 @@ class Figure:
         return self.floor_milliseconds / self.milliseconds
 
 
-def time_calls(name: str, call, *, calls: int = 5, wait=jax.block_until_ready, **fields) -> Figure:
+def time_calls(
+    name: str, call, *, calls: int = 5, wait=jax.block_until_ready, prepare=lambda: None, **fields
+) -> Figure:
     """The time of `call()`: repeats of several calls queued in a row.
 
     wait: returns when what it is given, the result of the last call, is there.
+    prepare: what is done before each repeat and not timed.
     """
     for _ in range(WARM_UP):
         wait(call())
     times = []
     for _ in range(REPEATS):
+        prepare()
         began = time.perf_counter()
         for _ in range(calls):
             result = call()

@@ -98,7 +98,7 @@ def for_each_block(blocks, block, stripe: int):
     Shares begin in their order; as many as there are processors run side by side.
     """
     num_blocks, processors = math.prod(blocks), target.num_processors()
-    turns = pl.cdiv(num_blocks, num_shares(num_blocks))
+    turns = pl.cdiv(num_blocks, lax.axis_size("share"))
     wave, place = (f(lax.axis_index("share"), processors) for f in (lax.div, lax.rem))
     first = wave * (turns * processors) + place
     left = lax.div(num_blocks - first + processors - 1, processors)

@@ -23,7 +23,7 @@ if jaxlib.version.__version_info__ >= (0, 11):
     # With it, the memory that the temporaries of a step leave serves every small buffer before the
     # free memory behind it does, and those of the next step find no place in one piece.
     GPU_FLAGS["--xla_gpu_enable_allocator_spatial_partitioning"] = "false"
-QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # of the hardware
 GPU_ENVIRONMENT = {
     # JAX takes three quarters by default; nothing else runs on a training GPU.
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
