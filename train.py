@@ -42,11 +42,7 @@ HARDWARE = flags.DEFINE_string(
     "steps are compared with, in bfloat16: a name, or a file of disag_jax.profile; default: the "
     "devices here, and the run's own steps",
 )
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, for several processes without SLURM or MPI"
-)
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes of the run")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+PROCESSES = cli.define_process_flags()
 
 
 def main():
@@ -59,7 +55,7 @@ def main():
     # JAX reads its environment when it starts: import what uses it only now.
     from disag_jax import processes, profiling, training
 
-    processes.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CONFIG.value)
+    processes.join(*(flag.value for flag in PROCESSES), CONFIG.value, ends_in_order=True)
 
     step = RESUME_STEP.value
     resume = RESUME.value or step is not None

@@ -18,6 +18,7 @@ import time
 
 import jax
 
+from disag_jax import processes
 from disag_jax.bench_step import NothingTimed, run_steps, without_compiling
 from disag_jax.compare import largest_difference
 from disag_jax.config import Config, ConfigError
@@ -83,13 +84,18 @@ def check_start(config: Config, out: str, wanted: int | None = None) -> int:
     wanted: so many of those that are here; None takes all.
     """
     config.validate()
-    check_out(out)
+    processes.check_same_config(config)
+    processes.on_first(lambda: check_out(out))
     enable_float64(config)
     here = len(jax.devices())
     num_devices = here if wanted is None else wanted
     if not 2 <= num_devices <= here:
         raise ConfigError(
             f"devices = {num_devices} must be from 2, to be split, to the {here} here"
+        )
+    if num_devices < here and jax.process_count() > 1:
+        raise ConfigError(
+            f"devices = {num_devices} must be the {here} of all processes: none may be left out"
         )
     return num_devices
 
@@ -122,11 +128,12 @@ def stepper_of(case: Case) -> Stepper:
 def measure(case: Case, stepper: Stepper) -> dict:
     """Trains a few steps: what is kept of them in JSON; steps that compile are not timed."""
     config = case.config
-    stepper.check_memory()
+    processes.on_each(stepper.check_memory)
     seconds, metrics = run_steps(stepper, WARM_UP + STEPS)
     counts = metrics[-1]["expert_counts"]
     program = stepper.compiled_program(stepper.chooser.current)
-    median = statistics.median(without_compiling(seconds[WARM_UP:], metrics[WARM_UP:]))
+    timed = without_compiling(seconds[WARM_UP:], metrics[WARM_UP:])
+    median = statistics.median(processes.largest(timed))
     speed = config.tokens_per_step / median
     return {
         "sequence_length": config.batch.sequence_length,
@@ -164,7 +171,7 @@ def run(
     """
     began = time.perf_counter()
     marks = {(case.group, case.name): _marks(case, hardware) for case in cases}
-    kept = _kept(out, marks)
+    kept = processes.on_each(lambda: _kept(out, marks))
     done = {(result["group"], result["name"]) for result in kept}
     waiting = [case for case in cases if (case.group, case.name) not in done]
     complete = [result for result in kept if "seconds" in result]
@@ -173,17 +180,24 @@ def run(
     missing = [f"{one['group']}: {one['name']} did not end in an earlier run" for one in stuck]
 
     def write(*begun: dict):
-        out.write_text(json.dumps([*results, *others, *stuck, *begun], indent=1))
+        if processes.is_first():
+            out.write_text(json.dumps([*results, *others, *stuck, *begun], indent=1))
+
+    def in_time() -> bool:
+        return not processes.any_of(time.perf_counter() - began >= seconds)
+
+    def say(what: str):
+        processes.say(f"{time.perf_counter() - began:.0f} s  {what}")
 
     write()
-    for case in waiting:
-        load_inputs(case.config)  # a text that is too short is found before anything is compiled
-    while waiting and time.perf_counter() - began < seconds:
+    # A text that is too short is found before anything is compiled.
+    processes.on_each(lambda: [load_inputs(case.config) for case in waiting])
+    while waiting and in_time():
         together, waiting = waiting[:threads], waiting[threads:]
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             steppers = list(pool.map(stepper_of, together))
-        print(f"{time.perf_counter() - began:.0f} s  {len(together)} compiled", flush=True)
-        while together and time.perf_counter() - began < seconds:
+        say(f"{len(together)} compiled")
+        while together and in_time():
             case = together.pop(0)
             name = f"{case.group}: {case.name}"
             marked = marks[case.group, case.name]
@@ -198,7 +212,7 @@ def run(
                 missing.append(f"{name} {outcome}")
             finally:
                 write()  # also where a case ends the benchmark: only one that hangs stays begun
-            print(f"{time.perf_counter() - began:.0f} s  {name}: {outcome}", flush=True)
+            say(f"{name}: {outcome}")
             # The next one needs the memory.
             gc.collect()
         waiting = together + waiting
@@ -288,24 +302,40 @@ def conclude(wrong: list[str], missing: str, sentence: str):
     """Prints that all holds, or raises RunError with what does not and what is not measured."""
     if missing or wrong:
         raise RunError("; ".join(filter(None, [*wrong, missing])))
-    print(sentence)
+    processes.say(sentence)
 
 
-def define_flags():
-    """The flags config, hardware, out, seconds, threads, cpu_devices and network, in this order."""
-    from absl import flags
+class Flags:
+    """The flags that the benchmarks share; each is an attribute."""
 
-    from disag_jax import cli
-    from mesh import runtime
+    def __init__(self):
+        from absl import flags
 
-    defined = (
-        cli.define_config_flag(),
-        flags.DEFINE_string("hardware", None, "what to predict for: a name or a file"),
-        flags.DEFINE_string("out", None, "JSON file of the results, gone on with if it is there"),
-        flags.DEFINE_float("seconds", 540, "begin no case after this"),
-        flags.DEFINE_integer("threads", 16, "programs compiled at once", lower_bound=1),
-        cli.define_cpu_devices_flag(),
-        flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP),
-    )
-    flags.mark_flags_as_required(["config", "hardware", "out"])
-    return defined
+        from disag_jax import cli
+        from mesh import runtime
+
+        self.config = cli.define_config_flag()
+        self.hardware = flags.DEFINE_string(
+            "hardware", None, "what to predict for: a name or a file"
+        )
+        self.out = flags.DEFINE_string(
+            "out", None, "JSON file of the results, gone on with if it is there"
+        )
+        self.seconds = flags.DEFINE_float("seconds", 540, "begin no case after this")
+        self.threads = flags.DEFINE_integer(
+            "threads", 16, "programs compiled at once", lower_bound=1
+        )
+        self.cpu_devices = cli.define_cpu_devices_flag()
+        self.network = flags.DEFINE_enum(
+            "network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP
+        )
+        self.processes = cli.define_process_flags()
+        flags.mark_flags_as_required(["config", "hardware", "out"])
+
+    def start(self) -> tuple:
+        """Starts the runtime, joined with other processes: (config, hardware, network, out)."""
+        from mesh import runtime
+
+        runtime.start(self.cpu_devices.value, network=self.network.value)
+        processes.join(*(flag.value for flag in self.processes), self.config.value)
+        return self.config.value, self.hardware.value, self.network.value, self.out.value

@@ -18,11 +18,13 @@ import copy
 import dataclasses
 import pathlib
 
+import jax
 import rich.console
 import rich.table
 
 from benchmarks import cases as cases_lib
 from benchmarks.cases import Case
+from disag_jax import processes
 from disag_jax.compare import TOLERANCES
 from disag_jax.config import Config, ConfigError, PlacementKind
 from disag_jax.planner import search
@@ -81,8 +83,11 @@ def split_cases(config: Config, hardware: Hardware, num_devices: int, lengths) -
 
 
 def scaling_cases(config: Config, hardware: Hardware, num_devices: int) -> list[Split]:
-    """The planner's pick on two devices, four and so on, with the tokens of a device fixed."""
-    cases, devices = [], 2
+    """The planner's pick on two devices, four and so on, with the tokens of a device fixed.
+
+    On all of them alone where there are several processes: each must have a part in every program.
+    """
+    cases, devices = [], 2 if jax.process_count() == 1 else num_devices
     while devices <= num_devices:
         base = at_length(config, config.batch.sequence_length, devices)
         found = search.search(base, hardware, devices, PlacementKind.DISAGGREGATED)
@@ -184,7 +189,8 @@ def main(
     else:
         cases = split_cases(config, known, num_devices, lengths)
     results, missing = cases_lib.run(cases, pathlib.Path(out), seconds, threads, known)
-    rich.console.Console(width=140).print(table(results))
+    if processes.is_first():
+        rich.console.Console(width=140).print(table(results))
     wrong = check(results, TOLERANCES[config.run.compute_dtype])
     cases_lib.conclude(wrong, missing, "losses agree; the planner's claims hold")
 
@@ -193,18 +199,16 @@ if __name__ == "__main__":
     from absl import flags
 
     from disag_jax import cli
-    from mesh import runtime
 
-    _CONFIG, _HARDWARE, _OUT, _SECONDS, _THREADS, _CPU_DEVICES, _NETWORK = cases_lib.define_flags()
+    _FLAGS = cases_lib.Flags()
     _LENGTHS = flags.DEFINE_multi_integer("length", [4096, 8192, 16_384], "sequence lengths")
     _SCALING = flags.DEFINE_bool("scaling", False, "grow from two devices to all instead")
     _DEVICES = flags.DEFINE_integer("devices", None, "use so many of those here; by default all")
 
     def _run():
-        runtime.start(_CPU_DEVICES.value, network=_NETWORK.value)
         main(
-            _CONFIG.value, _HARDWARE.value, _NETWORK.value, _OUT.value, _LENGTHS.value,
-            _SCALING.value, _DEVICES.value, _SECONDS.value, _THREADS.value,
+            *_FLAGS.start(), _LENGTHS.value, _SCALING.value, _DEVICES.value,
+            _FLAGS.seconds.value, _FLAGS.threads.value,
         )  # fmt: skip
 
     cli.run(_run)

@@ -27,6 +27,7 @@ import rich.table
 
 from benchmarks import cases as cases_lib
 from benchmarks.cases import Case
+from disag_jax import processes
 from disag_jax.compare import TOLERANCES, twin_of
 from disag_jax.config import Config, ConfigError, Overlap, PlacementKind
 from disag_jax.planner import overlaps, search
@@ -330,17 +331,18 @@ def main(
     config.model.num_layers = layers
     config.batch.micro_batches = micro_batches or config.batch.micro_batches
     cases, left_out = sweep_cases(config, known, num_devices, *grid)
-    print("".join(f"left out: {cell}\n" for cell in left_out), end="")
+    processes.say(*(f"left out: {cell}" for cell in left_out))
     results, missing = cases_lib.run(cases, pathlib.Path(out), seconds, threads, known)
-    rich.console.Console(width=160).print(table(results))
-    if plot:
-        draw(results, pathlib.Path(plot))
+    if processes.is_first():
+        rich.console.Console(width=160).print(table(results))
+        if plot:
+            draw(results, pathlib.Path(plot))
     found = outcomes(results)
-    print(f"placement chosen right in {sum(one.is_right for one in found)} of {len(found)} cells")
-    print(
+    processes.say(
+        f"placement chosen right in {sum(one.is_right for one in found)} of {len(found)} cells",
         f"communication over compute from {BALANCED[0]} to {BALANCED[1]}, where AF-Pipe must be "
         f"{LEAST_SPEED_UP} times as fast as the blocking twin, in "
-        f"{sum(map(is_balanced, found))} of them"
+        f"{sum(map(is_balanced, found))} of them",
     )
     wrong = check(results, TOLERANCES[config.run.compute_dtype])
     cases_lib.conclude(wrong, missing, "losses agree; the planner's claims hold")
@@ -350,9 +352,8 @@ if __name__ == "__main__":
     from absl import flags
 
     from disag_jax import cli
-    from mesh import runtime
 
-    _CONFIG, _HARDWARE, _OUT, _SECONDS, _THREADS, _CPU_DEVICES, _NETWORK = cases_lib.define_flags()
+    _FLAGS = cases_lib.Flags()
     _LENGTHS = flags.DEFINE_multi_integer("length", [4096, 16_384], "sequence lengths")
     _WIDTHS = flags.DEFINE_multi_integer("expert_width", [704, 2816], "widths of an expert")
     _TOP_KS = flags.DEFINE_multi_integer("top_k", [2, 8], "experts of a token")
@@ -364,11 +365,10 @@ if __name__ == "__main__":
     _PLOT = flags.DEFINE_string("plot", None, "PNG file to draw")
 
     def _run():
-        runtime.start(_CPU_DEVICES.value, network=_NETWORK.value)
         main(
-            _CONFIG.value, _HARDWARE.value, _NETWORK.value, _OUT.value,
-            (_LENGTHS.value, _WIDTHS.value, _TOP_KS.value), _LAYERS.value, _MICRO_BATCHES.value,
-            _PLOT.value, _SECONDS.value, _THREADS.value,
+            *_FLAGS.start(), (_LENGTHS.value, _WIDTHS.value, _TOP_KS.value),
+            _LAYERS.value, _MICRO_BATCHES.value, _PLOT.value,
+            _FLAGS.seconds.value, _FLAGS.threads.value,
         )  # fmt: skip
 
     cli.run(_run)

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
+from disag_jax import processes
 from disag_jax.batches import Batch
 from disag_jax.bench_units import loss_call
 from disag_jax.config import Config
@@ -110,7 +111,7 @@ class _PhaseBench:
     @functools.cached_property
     def pairs(self) -> int:
         """(token, expert) pairs of the busiest expert worker."""
-        counts = np.asarray(self._started[1][0]).sum(axis=0)[0]
+        counts = processes.gathered(self._started[1][0]).sum(axis=0)[0]
         places, model = self.g.places, self.config.model
         busiest = max(
             int(counts[np.array(places.share(worker))].sum())
@@ -121,8 +122,8 @@ class _PhaseBench:
 
     @property
     def fits(self) -> bool:
-        _, rows_needed, sorted_needed = self._started[1]
-        return self.bucket.holds(Bucket(int(np.max(rows_needed)), int(np.max(sorted_needed))))
+        _, *needed = self._started[1]
+        return self.bucket.holds(Bucket(*(int(processes.gathered(one).max()) for one in needed)))
 
     def that_fits(self) -> "_PhaseBench":
         """This one, or the one of the next bucket that holds the routing."""

@@ -35,6 +35,19 @@ def define_cpu_devices_flag():
     )
 
 
+def define_process_flags():
+    """The flags coordinator, num_processes and process_id, as `processes.join` takes them."""
+    return (
+        flags.DEFINE_string(
+            "coordinator",
+            None,
+            "host:port of process 0, for several processes without SLURM or MPI",
+        ),
+        flags.DEFINE_integer("num_processes", None, "processes of the run"),
+        flags.DEFINE_integer("process_id", None, "which of them this is, from 0"),
+    )
+
+
 def run(main, arguments: str | None = None):
     """Runs `main()` after parsing flags.
 

@@ -1,14 +1,18 @@
-"""Starting `train.py` for a config that exists in memory only."""
+"""Starting commands, such as `train.py` for a config that exists in memory only."""
 
 import dataclasses
 import json
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 from disag_jax.config import Config
 from disag_jax.errors import RunError
+
+POLL_SECONDS = 0.05
 
 TRAIN = pathlib.Path(__file__).parent.parent / "train.py"
 
@@ -35,9 +39,15 @@ def train_command(config: Config, workdir: pathlib.Path, *flags: str) -> list[st
 
 
 def run(command: list[str], **options) -> int:
-    """Runs a command to its end and returns its exit code; `options` are of subprocess.Popen.
+    """Runs a command to its end, as `run_together`, and returns its exit code."""
+    return run_together([(command, options)])[0]
 
-    SIGTERM is passed on: it has the command end in order, and RunError follows.
+
+def run_together(commands: list[tuple[list[str], dict]]) -> list[int]:
+    """Runs (command, options of subprocess.Popen) side by side, and returns their exit codes.
+
+    Where one fails the others are ended, and their codes are negative. SIGTERM is passed on: it has
+    the commands end in order, and RunError follows.
     """
     started, stops = [], []
 
@@ -48,16 +58,30 @@ def run(command: list[str], **options) -> int:
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:
-        with subprocess.Popen(command, **options) as process:
-            started.append(process)
-            if stops:  # the signal came before there was a process to pass it on to
-                process.terminate()
-            code = process.wait()
+        for command, options in commands:
+            started.append(subprocess.Popen(command, **options))
+        if stops:  # the signal came before there were processes to pass it on to
+            stop()
+        while None in (codes := [process.poll() for process in started]):
+            if any(codes):
+                break
+            time.sleep(POLL_SECONDS)
     finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
         signal.signal(signal.SIGTERM, previous)
     if stops:
         raise RunError("stopped by SIGTERM")
-    return code
+    return [process.returncode for process in started]
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def last_line(text: str) -> str:

@@ -26,13 +26,22 @@ UNFORESEEN = "another process failed; its own message says why"
 
 
 def join(
-    coordinator: str | None, num_processes: int | None, process_id: int | None, config: Config
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    config: Config,
+    *,
+    ends_in_order: bool = False,
 ):
     """Connects the processes of a run; call before anything else uses JAX.
 
     Without a coordinator, a SLURM or MPI launch of several processes is detected by JAX; a single
     process connects to nobody. Raises ConfigError if the coordinator does not answer in time.
+
+    ends_in_order: whether SIGTERM is the run's to act on (disag_jax/preemption.py); otherwise it
+      ends the process.
     """
+    jax.config.update("jax_enable_preemption_service", ends_in_order)
     if coordinator is None:
         for name, value in (("num_processes", num_processes), ("process_id", process_id)):
             if value is not None:
@@ -70,6 +79,29 @@ def join(
 def is_first() -> bool:
     """Whether this process prints and writes for all."""
     return jax.process_index() == 0
+
+
+def say(*lines: str):
+    """Prints in the first process, at once."""
+    if lines and is_first():
+        print(*lines, sep="\n", flush=True)
+
+
+def gathered(value) -> np.ndarray:
+    """An array with the parts that other processes' devices hold; all must ask together."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        value = multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)
+
+
+def largest(values: list[float]) -> list[float]:
+    """Of each of the values the largest that any process has; all must ask together."""
+    if jax.process_count() == 1:
+        return values
+    # Of the bits: JAX would round float64.
+    mine = np.asarray(values, np.float64).view(np.uint32)
+    everyone = np.asarray(multihost_utils.process_allgather(mine))
+    return everyone.view(np.float64).max(axis=0).tolist()
 
 
 def on_first(action):

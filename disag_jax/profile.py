@@ -20,7 +20,7 @@ import time
 import jax
 import numpy as np
 
-from disag_jax import bench_phases, bench_transfer
+from disag_jax import bench_phases, bench_transfer, processes
 from disag_jax.bench_units import Rates, measure_rates
 from disag_jax.config import Config, ConfigError, PlacementKind, SplitConfig
 from disag_jax.files import check_out, write_out
@@ -69,7 +69,7 @@ def profile(
         say("optimizer")
         points["update"] = measure_updates(shape, make_meshes(shape))
     # Minutes of measurement, kept also where the fits below fail.
-    write_out(points_file(out), points)
+    processes.on_first(lambda: write_out(points_file(out), points))
     here = dict(
         name=pathlib.Path(out).stem,
         comment=(
@@ -89,13 +89,13 @@ def profile(
     else:
         devices = _fitted_devices(config, points, rates)
         hardware = Hardware(**here, **devices, lost_beside_transfers=lost)
-    write_out(pathlib.Path(out), dataclasses.asdict(hardware))
+    processes.on_first(lambda: write_out(pathlib.Path(out), dataclasses.asdict(hardware)))
     return hardware
 
 
 def _fitted_devices(config: Config, points: dict, rates: Rates) -> dict:
     """Fields of the hardware that do not depend on the network."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     peak = peak_flops(config, device.device_kind) or rates.flops
     limit = (device.memory_stats() or {}).get("bytes_limit", _host_bytes())
     return dict(
@@ -261,21 +261,26 @@ def main(config: Config, out: str, network: str = "default", units: str | None =
     """Measures, prints and writes."""
     config.validate()
     check_predictable(config)
-    check_out(out)
+    processes.on_first(lambda: check_out(out))
     began = time.perf_counter()
 
     def say(what: str):
-        print(f"{time.perf_counter() - began:6.0f} s  {what}", flush=True)
+        processes.say(f"{time.perf_counter() - began:6.0f} s  {what}")
 
-    print(summary(profile(config, out, network, units, say)))
+    processes.say(summary(profile(config, out, network, units, say)))
 
 
 def _one_stage(config: Config) -> Config:
     """The config with one stage on the devices here, half of them of either role; two layers."""
-    devices = len(jax.devices())
+    devices, own = len(jax.devices()), jax.local_device_count()
     if devices % 2:
         raise ConfigError(
             f"devices = {devices} must be an even number, half attention and half expert workers"
+        )
+    if own not in (1, devices):
+        raise ConfigError(
+            f"devices = {own} of a process must be 1 where there are several processes: links "
+            "within one and between them are not measured apart"
         )
     shape = copy.deepcopy(config)
     half = devices // 2
@@ -302,10 +307,12 @@ if __name__ == "__main__":
     _CPU_DEVICES = cli.define_cpu_devices_flag()
     _NETWORK = flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP)
     _UNITS = flags.DEFINE_string("units", None, "measure transfers only; take the rest from this")
+    _PROCESSES = cli.define_process_flags()
     flags.mark_flags_as_required(["config", "out"])
 
     def _run():
         runtime.start(_CPU_DEVICES.value, network=_NETWORK.value)
+        processes.join(*(flag.value for flag in _PROCESSES), _CONFIG.value)
         main(_CONFIG.value, _OUT.value, _NETWORK.value, _UNITS.value)
 
     cli.run(_run)

@@ -3,10 +3,11 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
+
+from disag_jax.launch import free_port
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 TIMEOUT_SECONDS = 240
@@ -26,12 +27,6 @@ def get_config():
     config.run.start_timeout_seconds = 60
     return config
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def write_config(directory: pathlib.Path) -> pathlib.Path:

@@ -1,0 +1,99 @@
+"""One GPU as several workers: the processes' environments, their ends, and the daemon's."""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+from disag_jax import parts
+from disag_jax.errors import ConfigError, RunError
+
+# Stands for NVIDIA's daemon, and keeps what it is told.
+CONTROL = """#!/bin/sh
+[ "$1" = -d ] && echo "start $CUDA_MPS_PIPE_DIRECTORY" >> {told} || cat >> {told}
+exit {code}
+"""
+
+PROGRAM = """
+import json, os, pathlib, sys
+flags = dict(argument.lstrip("-").split("=") for argument in sys.argv[1:])
+path = pathlib.Path(__file__).parent / f"{flags['process_id']}.json"
+path.write_text(json.dumps({"flags": flags, "environment": dict(os.environ)}))
+"""
+
+
+@pytest.fixture
+def control(tmp_path, monkeypatch):
+    """Puts the daemon on the PATH; a function sets its exit code and the file has what it heard."""
+    told = tmp_path / "told.txt"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def make(code=0) -> pathlib.Path:
+        path = tmp_path / parts.CONTROL
+        path.write_text(CONTROL.format(told=told, code=code))
+        path.chmod(0o755)
+        return told
+
+    return make
+
+
+def program(directory, text) -> str:
+    path = directory / "program.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_each_process_has_its_part_and_joins_the_others(control, tmp_path, capfd):
+    told = control()
+    say = PROGRAM + "print('said by', flags['process_id'])"
+    parts.run(2, 4, "1", (program(tmp_path, say), "--x=y"))
+    records = [json.loads((tmp_path / f"{part}.json").read_text()) for part in range(2)]
+    for part, record in enumerate(records):
+        flags, environment = record["flags"], record["environment"]
+        assert flags["x"] == "y" and flags["num_processes"] == "2"
+        assert flags["process_id"] == str(part)
+        assert environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "25"
+        assert environment["CUDA_VISIBLE_DEVICES"] == "1"
+        assert float(environment["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == pytest.approx(0.22)
+        assert environment["NCCL_P2P_DISABLE"] == environment["NCCL_SHM_DISABLE"] == "1"
+    first, second = (record["environment"] for record in records)
+    assert first["NCCL_HOSTID"] != second["NCCL_HOSTID"]
+    assert records[0]["flags"]["coordinator"] == records[1]["flags"]["coordinator"]
+    pipe = first["CUDA_MPS_PIPE_DIRECTORY"]
+    assert told.read_text().split() == ["start", pipe, "quit"]
+    assert capfd.readouterr().out.split() == ["said", "by", "0"]
+
+
+ONE_FAILS = (
+    PROGRAM
+    + """
+import time
+if flags["process_id"] == "1":
+    print("error: what went wrong")
+    sys.exit({code})
+time.sleep(60)
+"""
+)
+
+
+@pytest.mark.parametrize("code, kind", [(2, ConfigError), (1, RunError)])
+@pytest.mark.timeout(30)
+def test_where_one_fails_the_others_are_ended(control, tmp_path, code, kind):
+    told = control()
+    one_fails = program(tmp_path, ONE_FAILS.replace("{code}", str(code)))
+    with pytest.raises(kind, match=f"part 1 of 3 ended with code {code}: error: what went wrong"):
+        parts.run(3, 3, "0", (one_fails,))
+    assert told.read_text().endswith("quit\n")
+
+
+def test_parts_that_cannot_be_are_refused(control, tmp_path, monkeypatch):
+    for wanted, of in ((0, 1), (3, 2)):
+        with pytest.raises(ConfigError, match=f"--parts = {wanted} must be from 1 to --of = {of}"):
+            parts.run(wanted, of, "0", ("x.py",))
+    control(code=3)
+    with pytest.raises(RunError, match=f"{parts.CONTROL} failed with code 3"):
+        parts.run(2, 2, "0", ("x.py",))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=f"{parts.CONTROL} must be on the PATH"):
+        parts.run(2, 2, "0", ("x.py",))
