@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 
 from disag_jax import launch
 from disag_jax.errors import USER_ERROR, ConfigError, RunError
@@ -26,6 +27,7 @@ from mesh import runtime
 CONTROL = "nvidia-cuda-mps-control"
 # Of the GPU's memory; the rest is for what each process has outside of JAX's.
 MEMORY_SHARE = 0.88
+START_SECONDS = 30
 
 
 def run(parts: int, of: int, gpu: str, command: tuple[str, ...]):
@@ -78,7 +80,7 @@ def served(directory: pathlib.Path):
         raise ConfigError(f"{CONTROL} must be on the PATH: it comes with NVIDIA's driver")
     pipe = {"CUDA_MPS_PIPE_DIRECTORY": str(directory), "CUDA_MPS_LOG_DIRECTORY": str(directory)}
 
-    def tell(*arguments: str, **options):
+    def tell(*arguments: str, **options) -> str:
         # A pipe would be read until the daemon ends.
         with tempfile.TemporaryFile("w+") as said:
             told = subprocess.run(
@@ -86,15 +88,30 @@ def served(directory: pathlib.Path):
                 **options,
             )  # fmt: skip
             said.seek(0)
-            if told.returncode:
-                line = launch.last_line(said.read())
-                raise RunError(f"{CONTROL} failed with code {told.returncode}: {line}")
+            answer = said.read()
+        if told.returncode:
+            line = launch.last_line(answer)
+            raise RunError(f"{CONTROL} failed with code {told.returncode}: {line}")
+        return answer
 
     tell("-d")
     try:
+        # Of four processes that found no server yet, one waited for ever.
+        tell(input=f"start_server -uid {os.getuid()}\n")
+        deadline = time.monotonic() + START_SECONDS
+        while "ACTIVE" not in _status(tell):
+            if time.monotonic() > deadline:
+                raise RunError(f"{CONTROL} has no server after {START_SECONDS} s")
+            time.sleep(launch.POLL_SECONDS)
         yield pipe
     finally:
         tell(input="quit\n")
+
+
+def _status(tell) -> str:
+    """Of the server, as the daemon says; empty if there is none yet."""
+    servers = tell(input="get_server_list\n").split()
+    return tell(input=f"get_server_status {servers[0]}\n") if servers else ""
 
 
 if __name__ == "__main__":

@@ -53,12 +53,13 @@ def _layer(config: Config, attention_params, expert_params, bias_E, h_BSD, segme
     model = config.model
     layer = attention_module(model, h_BSD.dtype).merge(attention_params)
     h_BSD = h_BSD + layer.attention(layer.attention_norm(h_BSD), segments_BS)
-    x_TD = layer.post_norm(h_BSD).reshape(-1, model.d_model)
-    scores_TE = router_scores(layer.router(x_TD), model.router_score.value)
+    h_TD = h_BSD.reshape(-1, model.d_model)
+    scores_TE = router_scores(layer.router(h_TD, layer.post_norm), model.router_score.value)
     ids_TK = choose_experts(scores_TE, bias_E, model.top_k)
     gates_TK = gates_at(scores_TE, ids_TK, normalize=model.normalize_gates, scale=model.gate_scale)
     kept_TK = _kept(config, ids_TK.reshape(*h_BSD.shape[:2], -1)).reshape(ids_TK.shape)
-    y_TD = _experts(model, expert_params, x_TD, jnp.where(kept_TK, ids_TK, -1), gates_TK)
+    chosen_TK = jnp.where(kept_TK, ids_TK, -1)
+    y_TD = _experts(model, expert_params, layer.post_norm(h_TD), chosen_TK, gates_TK)
     return h_BSD + y_TD.reshape(h_BSD.shape)
 
 

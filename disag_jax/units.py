@@ -194,7 +194,7 @@ class AttentionUnit:
             y_BSD, computed = layer.attention.attend(x_BSD, segments_BS, kept=kept)
             h_TD = h_TD + y_BSD.reshape(g.T, g.D)
         with jax.named_scope("router"):
-            return h_TD, layer.router(layer.post_norm(h_TD)), computed
+            return h_TD, layer.router(h_TD, layer.post_norm), computed
 
     def _scores(self, logits_TE):
         return router_scores(logits_TE, self.geometry.config.model.router_score.value)

@@ -13,9 +13,14 @@ def rms_norm(x, scale, eps):
     x: [..., D], scale: [D]. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization".
     """
     wide = x.astype(accumulation_dtype(x.dtype))
-    inverse_rms = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     # The scale is applied wide, so that its gradient is a wide sum over all rows.
-    return (wide * inverse_rms * scale.astype(wide.dtype)).astype(x.dtype)
+    return (wide * inverse_rms(x, eps) * scale.astype(wide.dtype)).astype(x.dtype)
+
+
+def inverse_rms(x, eps):
+    """1 / rms(x) over the last dim, which stays with length 1; in float32 or wider."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    return lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
 
 
 class RMSNorm(nnx.Module):

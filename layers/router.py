@@ -17,48 +17,51 @@ from jax import lax
 
 from layers import target
 from layers.dtypes import accumulation_dtype
+from layers.norm import RMSNorm, inverse_rms
 
 # Keeps sums of sigmoid scores, which can all underflow, from dividing by zero.
 TINY = 1e-20
 
 
 class Router(nnx.Module):
-    """Linear map from normalised hidden states to one logit per expert."""
+    """Linear map from normalised hidden states to one logit per expert.
+
+    A norm is a factor for each row and one for each column, and both can be had at the product: the
+    normalised rows, which would have to be written and read, are never made.
+    """
 
     def __init__(self, *, d_model, num_experts, init_std, dtype=jnp.float32, rngs: nnx.Rngs):
         init = nnx.initializers.normal(init_std)
         self.kernel = nnx.Param(init(rngs.params(), (d_model, num_experts), dtype))
 
-    def __call__(self, x_TD):
-        """Logits [T, E], in float32 or wider whatever the type of x."""
-        kernel_DE = self.kernel[...]
+    def __call__(self, x_TD, norm: RMSNorm):
+        """Logits [T, E] of the rows that `norm` makes of x; in float32 or wider."""
         wide = accumulation_dtype(x_TD.dtype)
-        if wide == x_TD.dtype:
-            return jnp.einsum("td,de->te", x_TD, kernel_DE.astype(wide))
-        return _wide_logits(x_TD, kernel_DE.astype(x_TD.dtype))
+        kernel_DE = norm.scale[...].astype(wide)[:, None] * self.kernel[...].astype(wide)
+        return _product(x_TD, kernel_DE) * inverse_rms(x_TD, norm.eps)
 
 
 @jax.custom_vjp
-def _wide_logits(x_TD, kernel_DE):
-    """The product of narrow rows and weights, exact but for the order of its wide sums.
+def _product(x_TD, kernel_DE):
+    """The wide product of rows and wide weights, which are rounded to the rows' type.
 
     Rows made wide first would be twice the traffic, which is what so few columns cost.
     """
-    wide = accumulation_dtype(x_TD.dtype)
-    return jnp.einsum("td,de->te", x_TD, kernel_DE, preferred_element_type=wide)
+    wide = kernel_DE.dtype
+    return jnp.einsum("td,de->te", x_TD, kernel_DE.astype(x_TD.dtype), preferred_element_type=wide)
 
 
-def _wide_logits_backward(saved, dlogits_TE):
+def _product_backward(saved, dy_TE):
     x_TD, kernel_DE = saved
-    wide = dlogits_TE.dtype
     # Rounded to the rows' type, as the other gradients of activations are.
-    dlogits_TE = dlogits_TE.astype(x_TD.dtype)
-    dx_TD = jnp.einsum("te,de->td", dlogits_TE, kernel_DE, preferred_element_type=wide)
-    dkernel_DE = jnp.einsum("td,te->de", x_TD, dlogits_TE, preferred_element_type=wide)
-    return dx_TD.astype(x_TD.dtype), dkernel_DE.astype(kernel_DE.dtype)
+    dtype, wide = x_TD.dtype, dy_TE.dtype
+    dy_TE = dy_TE.astype(dtype)
+    dx_TD = jnp.einsum("te,de->td", dy_TE, kernel_DE.astype(dtype), preferred_element_type=wide)
+    dkernel_DE = jnp.einsum("td,te->de", x_TD, dy_TE, preferred_element_type=wide)
+    return dx_TD.astype(dtype), dkernel_DE
 
 
-_wide_logits.defvjp(lambda x, kernel: (_wide_logits(x, kernel), (x, kernel)), _wide_logits_backward)
+_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
 
 
 def router_scores(logits_TE, kind: str):

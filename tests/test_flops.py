@@ -49,7 +49,7 @@ def test_attention_count_is_what_the_layer_does():
 
     def forward(x_BSD):
         layer = AttentionLayer(model, jnp.float32, nnx.Rngs(0))
-        return layer.attention(x_BSD), layer.router(x_BSD[0])
+        return layer.attention(x_BSD), layer.router(x_BSD[0], layer.post_norm)
 
     traced = jax.make_jaxpr(forward)(jnp.zeros((1, tokens, model.d_model), jnp.float32))
     masked = 4 * model.num_heads * model.head_dim * sum(tokens - 1 - s for s in range(tokens))

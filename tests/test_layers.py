@@ -226,15 +226,7 @@ CHOOSE_THREE = jax.jit(functools.partial(router.choose_experts, top_k=3))
 THREE_IN_TURN = jax.jit(functools.partial(router.largest_in_turn, count=3))
 
 
-def test_router_and_its_scores():
-    module = router.Router(
-        d_model=4, num_experts=3, init_std=0.5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
-    )
-    x = jnp.asarray(normal(5, 4), jnp.bfloat16)
-    logits = module(x)
-    assert logits.dtype == jnp.float32
-    kernel = np.asarray(module.kernel[...], np.float64)
-    np.testing.assert_allclose(logits, np.asarray(x, np.float64) @ kernel, rtol=1e-5, atol=1e-6)
+def test_router_scores():
     logits = normal(5, 3)
     exp = np.exp(logits)
     assert_close(router.router_scores(logits, "softmax"), exp / exp.sum(1, keepdims=True))
@@ -243,28 +235,69 @@ def test_router_and_its_scores():
         router.router_scores(logits, "tanh")
 
 
-def test_gradients_of_a_bfloat16_router_are_within_its_rounding():
-    x, kernel = (jnp.asarray(normal(*s), jnp.bfloat16) for s in ((300, 8), (8, 3)))
-    dlogits = normal(300, 3, seed=1).astype(np.float32)
-    graphdef, _ = nnx.split(
-        nnx.eval_shape(
-            lambda: router.Router(d_model=8, num_experts=3, init_std=1, rngs=nnx.Rngs(0))
-        )
+def logits_of_router(dtype):
+    """Logits by `Router` as a function of (kernel, scale, x), which have the type."""
+    width, experts, eps = 8, 3, 0.01
+
+    def modules(rngs):
+        made = router.Router(d_model=width, num_experts=experts, init_std=1, dtype=dtype, rngs=rngs)
+        return {"router": made, "norm": RMSNorm(width, eps, dtype=dtype)}
+
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: modules(nnx.Rngs(0))))
+
+    def logits(kernel, scale, x):
+        merged = nnx.merge(graphdef, {"router": {"kernel": kernel}, "norm": {"scale": scale}})
+        return merged["router"](x, merged["norm"])
+
+    def of_normed_rows(kernel, scale, x):
+        return rms_norm(x, scale, eps) @ kernel
+
+    return (
+        logits,
+        of_normed_rows,
+        [normal(width, experts), 1 + 0.1 * normal(width), normal(50, width)],
     )
 
-    @jax.jit
-    def gradients(kernel, x, dlogits):
-        def logits(kernel, x):
-            return nnx.merge(graphdef, {"kernel": kernel})(x)
 
-        return jax.vjp(logits, kernel, x)[1](dlogits)
+def test_logits_and_their_gradients_are_those_of_normed_rows():
+    logits, of_normed_rows, inputs = logits_of_router(jnp.float64)
+    dlogits = normal(50, 3, seed=1)
+    found, expected = (
+        jax.jit(lambda *inputs, f=f: (f(*inputs), jax.vjp(f, *inputs)[1](dlogits)))(*inputs)
+        for f in (logits, of_normed_rows)
+    )
+    assert_trees_close(found, expected)
 
-    dkernel, dx = (np.asarray(d, np.float64) for d in gradients(kernel, x, dlogits))
-    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+
+def test_a_bfloat16_router_is_within_its_rounding():
+    logits, of_normed_rows, inputs = logits_of_router(jnp.bfloat16)
+    inputs = [jnp.asarray(value, jnp.bfloat16) for value in inputs]
+    dlogits = normal(50, 3, seed=1).astype(np.float32)
+    y, dinputs = jax.jit(lambda *inputs: (logits(*inputs), jax.vjp(logits, *inputs)[1](dlogits)))(
+        *inputs
+    )
+    assert y.dtype == jnp.float32
+
+    wide = [np.asarray(value, np.float64) for value in inputs]
+    exact = jax.vjp(of_normed_rows, *wide)
+    exact_y, exact_dinputs = exact[0], exact[1](dlogits.astype(np.float64))
+    # What is summed, without its signs.
+    kernel, scale, x = map(np.abs, wide)
+    weights, dy = scale[:, None] * kernel, np.abs(dlogits)
+    factor = np.abs(rms_norm(wide[2], np.ones(8), 0.01) / wide[2])[:, :1]
+    terms_y, to_kernel = factor * (x @ weights), x.T @ (factor * dy)
+    through_norm = x * factor**2 * np.sum(dy * terms_y, axis=1, keepdims=True) / 8
+    terms = [
+        to_kernel * scale[:, None],
+        np.sum(to_kernel * kernel, axis=1),
+        (factor * dy) @ weights.T + through_norm,
+    ]
     # Half a unit of the last of eight digits, of each term and of the sum.
-    for found, left, right in ((dx, dlogits, kernel.T), (dkernel, x.T, dlogits)):
-        exact, terms = left @ right, np.abs(left) @ np.abs(right)
-        assert np.all(np.abs(found - exact) <= 2**-8 * (1.01 * terms + np.abs(exact)))
+    for found, true, of_it in zip(
+        [y, *dinputs], [exact_y, *exact_dinputs], [terms_y, *terms], strict=True
+    ):
+        found, true = np.asarray(found, np.float64), np.asarray(true)
+        assert np.all(np.abs(found - true) <= 2**-8 * (1.01 * of_it + np.abs(true)))
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -11,8 +11,10 @@ from disag_jax.errors import ConfigError, RunError
 
 # Stands for NVIDIA's daemon, and keeps what it is told.
 CONTROL = """#!/bin/sh
-[ "$1" = -d ] && echo "start $CUDA_MPS_PIPE_DIRECTORY" >> {told} || cat >> {told}
-exit {code}
+[ "$1" = -d ] && echo "start $CUDA_MPS_PIPE_DIRECTORY" >> {told} && exit {code}
+read command
+echo "$command" >> {told}
+case "$command" in get_server_list) echo 42;; "get_server_status 42") echo ACTIVE;; esac
 """
 
 PROGRAM = """
@@ -61,7 +63,9 @@ def test_each_process_has_its_part_and_joins_the_others(control, tmp_path, capfd
     assert first["NCCL_HOSTID"] != second["NCCL_HOSTID"]
     assert records[0]["flags"]["coordinator"] == records[1]["flags"]["coordinator"]
     pipe = first["CUDA_MPS_PIPE_DIRECTORY"]
-    assert told.read_text().split() == ["start", pipe, "quit"]
+    heard = told.read_text().splitlines()
+    assert heard[:2] == [f"start {pipe}", f"start_server -uid {os.getuid()}"]
+    assert heard[-2:] == ["get_server_status 42", "quit"]
     assert capfd.readouterr().out.split() == ["said", "by", "0"]
 
 
