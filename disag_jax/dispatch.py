@@ -94,6 +94,10 @@ def plan_dispatch(geometry: Geometry, ids_TK, kept_TK, rank):
     are needed than C the result must not be used.
     """
     g = geometry
+    if g.rows_are_tokens:
+        token_T = jnp.arange(g.T, dtype=jnp.int32)
+        kept_TK = kept_TK.astype(jnp.int32)
+        return Dispatch(ids_TK, kept_TK, token_T + 1, token_T[:, None]), jnp.int32(g.T)
     worker_TK = _expert_workers(g, ids_TK)
     travels_TK = _first_to_worker(worker_TK, kept_TK > 0)
     copy_TK = jnp.cumsum(travels_TK, axis=1) - 1
@@ -121,8 +125,9 @@ def make_message(geometry: Geometry, h_TD, gate_TK, dispatch: Dispatch, rank) ->
     """The rows of `dispatch`, differentiable in h and gate."""
     g = geometry
     token = source_tokens(dispatch.origin, g.F)
-    x = spread(h_TD, token, dispatch.position)
-    gate = spread(gate_TK, token, dispatch.position)
+    x, gate = h_TD, gate_TK
+    if not g.rows_are_tokens:
+        x, gate = (spread(rows, token, dispatch.position) for rows in (x, gate))
     expert_id = _local_expert_ids(g, dispatch, token, rank)
     return Message(
         x=x.reshape(g.R, g.C, g.D),
@@ -136,6 +141,8 @@ def make_message(geometry: Geometry, h_TD, gate_TK, dispatch: Dispatch, rank) ->
 def combine(geometry: Geometry, message: Message):
     """Finished hidden states [T, D]: the sum of each token's copies."""
     g = geometry
+    if g.rows_are_tokens:
+        return message.x.reshape(-1, g.D)
     origin = message.origin.reshape(-1)
     position_TF = _invert(origin - 1, g.T * g.F).reshape(g.T, g.F)
     return gather_sum(message.x.reshape(-1, g.D), position_TF, source_tokens(origin, g.F))
@@ -144,7 +151,10 @@ def combine(geometry: Geometry, message: Message):
 def combine_cotangent(geometry: Geometry, dh_TD, origin) -> Cotangent:
     """The transpose of `combine`, from the saved origins [R, C] alone."""
     g = geometry
-    x = take_rows(dh_TD, source_tokens(origin, g.F))
+    if g.rows_are_tokens:
+        x = dh_TD.reshape(g.R, g.C, g.D)
+    else:
+        x = take_rows(dh_TD, source_tokens(origin, g.F))
     return Cotangent(x, jnp.zeros((g.R, g.C, g.K), g.wide_dtype))
 
 
@@ -170,6 +180,8 @@ def _local_expert_ids(geometry: Geometry, dispatch: Dispatch, token, rank):
     g = geometry
     place = jnp.asarray(g.places.expert_places())[dispatch.ids]
     place = jnp.where(dispatch.kept > 0, place, -1)
+    if g.rows_are_tokens:
+        return place.astype(jnp.int32)
     place_rows = jnp.where(token[:, None] >= 0, place[jnp.maximum(token, 0)], -1)
     receiver = receiver_of_slot(rank, jnp.arange(g.R * g.C) // g.C, g.R)
     local = place_rows - receiver[:, None] * g.places.per_worker

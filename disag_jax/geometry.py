@@ -109,6 +109,11 @@ class Geometry:
         """Groups of expert-sorted rows: the experts that a worker holds, shared ones included."""
         return self.places.per_worker + self.config.model.num_shared_experts
 
+    @property
+    def rows_are_tokens(self) -> bool:
+        """Whether a message's rows are the tokens in their order, for there is one receiver."""
+        return self.places.num_workers == 1 and self.R == 1 and self.C == self.T
+
     def in_chunks(self, count: int) -> "Geometry":
         """The sizes of one of `count` equal chunks of the rows of every slot."""
         assert self.chunks == 1 and self.C % count == 0, (self.chunks, self.C, count)

@@ -266,3 +266,26 @@ def test_templates_are_the_shapes_and_types_of_the_real_thing():
     ):
         for leaf, spec in zip(actual, template, strict=True):
             assert leaf.shape == (*lead, *spec.shape) and leaf.dtype == spec.dtype
+
+
+def test_rows_that_are_tokens_are_those_that_the_general_rule_gives(monkeypatch):
+    """Where one expert worker has all experts, nothing is searched for or moved."""
+    g = geometry_of("1-1")
+    rng = np.random.default_rng(3)
+    ids = np.argsort(rng.normal(size=(g.T, g.E)), axis=1)[:, : g.K].astype(np.int32)
+    kept, h = rng.integers(0, 2, (g.T, g.K)), rng.normal(size=(g.T, g.D))
+    gate = rng.normal(size=(g.T, g.K))
+
+    def there_and_back():
+        dispatch, needed = plan_dispatch(g, ids, kept, 0)
+        message = make_message(g, h, gate, dispatch, 0)
+        cotangent = combine_cotangent(g, h, message.origin)
+        return dispatch, needed, message, combine(g, message), cotangent
+
+    assert g.rows_are_tokens and not geometry_of("1-3 top-1").rows_are_tokens
+    found = jax.jit(lambda: there_and_back())()
+    monkeypatch.setattr(type(g), "rows_are_tokens", False)
+    expected = jax.jit(lambda: there_and_back())()
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype
