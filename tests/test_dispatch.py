@@ -276,16 +276,16 @@ def test_rows_that_are_tokens_are_those_that_the_general_rule_gives(monkeypatch)
     kept, h = rng.integers(0, 2, (g.T, g.K)), rng.normal(size=(g.T, g.D))
     gate = rng.normal(size=(g.T, g.K))
 
-    def there_and_back():
+    def there_and_back(ids, kept, h, gate):
         dispatch, needed = plan_dispatch(g, ids, kept, 0)
         message = make_message(g, h, gate, dispatch, 0)
         cotangent = combine_cotangent(g, h, message.origin)
         return dispatch, needed, message, combine(g, message), cotangent
 
     assert g.rows_are_tokens and not geometry_of("1-3 top-1").rows_are_tokens
-    found = jax.jit(lambda: there_and_back())()
+    found = jax.jit(lambda *routed: there_and_back(*routed))(ids, kept, h, gate)
     monkeypatch.setattr(type(g), "rows_are_tokens", False)
-    expected = jax.jit(lambda: there_and_back())()
+    expected = jax.jit(lambda *routed: there_and_back(*routed))(ids, kept, h, gate)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
         assert one.dtype == other.dtype
