@@ -18,7 +18,7 @@ import time
 
 import jax
 
-from disag_jax import processes
+from disag_jax import facts, processes
 from disag_jax.bench_step import NothingTimed, run_steps, without_compiling
 from disag_jax.compare import largest_difference
 from disag_jax.config import Config, ConfigError
@@ -235,9 +235,8 @@ def _measure_in_time(case: Case, stepper: Stepper, hardware: Hardware) -> dict:
 
 def _marks(case: Case, hardware: Hardware) -> dict[str, str]:
     """What a result holds for, in words and as hashes."""
-    device = jax.devices()[0]
     return {
-        "devices_here": f"{len(jax.devices())} x {device.device_kind}, jax {jax.__version__}",
+        "devices_here": f"{facts.devices()}, jax {jax.__version__}",
         "network": hardware.network,
         HARDWARE: f"{hardware.name} {_hash(hardware)}",
         "config": _hash(case.config),

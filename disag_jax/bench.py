@@ -158,8 +158,7 @@ def main(
     if out:
         check_out(out)
     figures = measures[what](config)
-    devices = jax.devices()
-    title = f"{what} of {config.name}, {devices[0].device_kind}, jax {jax.__version__}"
+    title = f"{what} of {config.name}, {facts.devices()}, jax {jax.__version__}"
     rich.console.Console(width=120).print(table(title, figures))
     if planned_for is not None:
         print(beside_prediction(config, planned_for, figures))

@@ -18,13 +18,19 @@ from mesh import runtime
 
 def about(config: Config) -> dict:
     """The facts of this process, as JSON."""
-    devices = jax.devices()
     return {
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "devices": devices(),
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "config": as_json(config),
     }
+
+
+def devices() -> str:
+    """How many devices of which kind there are, or what part of one each is."""
+    here, share = jax.devices(), runtime.gpu_share()
+    part = "" if share == 1 else f"{share:.0%} of "
+    return f"{len(here)} x {part}{here[0].device_kind}"
 
 
 def as_json(config: Config) -> dict:

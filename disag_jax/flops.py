@@ -11,6 +11,7 @@ lookup of embeddings, which are no matrix products. A token counts with its top_
 import dataclasses
 
 from disag_jax.config import Config, Dtype, ModelConfig
+from mesh import runtime
 
 # Gradients of a product a @ b are two more products of the same size.
 FORWARD_AND_BACKWARD = 3
@@ -79,13 +80,16 @@ def flops_per_device(config: Config, tokens_per_second: float) -> float:
 def peak_flops(config: Config, device_kind: str) -> float | None:
     """FLOP/s that one device could do at most, or None where nobody has stated it.
 
-    `run.peak_tflops_per_device` goes first; the table is for whole GPUs and bfloat16.
+    `run.peak_tflops_per_device` goes first; the table is for GPUs, or this process's share of one,
+    and bfloat16.
     """
     if config.run.peak_tflops_per_device is not None:
         return config.run.peak_tflops_per_device * 1e12
     if config.run.compute_dtype is not Dtype.BFLOAT16 or "MIG" in device_kind:
         return None
-    return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if name in device_kind), None)
+    of_whole = (peak * 1e12 for name, peak in PEAK_TFLOPS.items() if name in device_kind)
+    peak = next(of_whole, None)
+    return peak and peak * runtime.gpu_share()
 
 
 def attention_layer(model: ModelConfig, sequence_length: int) -> tuple[float, float]:

@@ -65,7 +65,7 @@ def environment(part: int, of: int, gpu: str) -> dict[str, str]:
     """The variables that make a process one of a GPU's parts."""
     return runtime.SOCKETS | {
         "CUDA_VISIBLE_DEVICES": gpu,
-        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": f"{100 / of:g}",
+        runtime.MPS_PERCENT: f"{100 / of:g}",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE / of:.3f}",
         # NCCL takes no GPU twice on one host.
         "NCCL_HOSTID": f"part-{part}",

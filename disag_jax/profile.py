@@ -20,7 +20,7 @@ import time
 import jax
 import numpy as np
 
-from disag_jax import bench_phases, bench_transfer, processes
+from disag_jax import bench_phases, bench_transfer, facts, processes
 from disag_jax.bench_units import Rates, measure_rates
 from disag_jax.config import Config, ConfigError, PlacementKind, SplitConfig
 from disag_jax.files import check_out, write_out
@@ -73,7 +73,7 @@ def profile(
     here = dict(
         name=pathlib.Path(out).stem,
         comment=(
-            f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}, "
+            f"{facts.devices()}, jax {jax.__version__}, "
             f"{time.strftime('%Y-%m-%d')}, around {config.name}. "
             + (f"All but transfers: {units}." if known else ASSUMED)
         ),

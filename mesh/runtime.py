@@ -23,6 +23,8 @@ if jaxlib.version.__version_info__ >= (0, 11):
     # With it, the memory that the temporaries of a step leave serves every small buffer before the
     # free memory behind it does, and those of the next step find no place in one piece.
     GPU_FLAGS["--xla_gpu_enable_allocator_spatial_partitioning"] = "false"
+# Percent of a GPU's processors that MPS gives a process.
+MPS_PERCENT = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # of the hardware
 GPU_ENVIRONMENT = {
     # JAX takes three quarters by default; nothing else runs on a training GPU.
@@ -100,6 +102,11 @@ def _add_flags(flags: dict[str, str], override: bool):
     kept = [flag for flag in given if not (override and flag.split("=")[0] in flags)]
     added = [f"{k}={v}" for k, v in flags.items() if override or k not in names]
     os.environ["XLA_FLAGS"] = " ".join(kept + added)
+
+
+def gpu_share() -> float:
+    """The share of its GPU's processors that this process has (disag_jax/parts.py)."""
+    return float(os.environ.get(MPS_PERCENT, 100)) / 100
 
 
 def is_on(flag: str) -> bool:

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 from jax.extend.core import subjaxprs
 
-from disag_jax import flops
+from disag_jax import facts, flops
 from disag_jax.config import Dtype, SplitConfig
 from disag_jax.model import AttentionLayer
+from mesh import runtime
 from tests import support
 
 CONFIG = support.small_config(SplitConfig())
@@ -90,3 +91,12 @@ def test_peak_by_device_kind(kind, tflops):
 def test_a_stated_peak_goes_first_and_the_table_is_for_bfloat16():
     assert flops.peak_flops(with_run(peak_tflops_per_device=0.5), "cpu") == 0.5e12
     assert flops.peak_flops(with_run(compute_dtype=Dtype.FLOAT32), "NVIDIA H100 80GB HBM3") is None
+
+
+def test_a_part_of_a_gpu_has_its_share_of_the_peak_and_says_so(monkeypatch):
+    bfloat16, kind = with_run(compute_dtype=Dtype.BFLOAT16), "NVIDIA H200"
+    whole = flops.peak_flops(bfloat16, kind)
+    monkeypatch.setenv(runtime.MPS_PERCENT, "25")
+    assert flops.peak_flops(bfloat16, kind) == whole / 4
+    assert flops.peak_flops(bfloat16, "cpu") is None
+    assert facts.devices() == f"{len(jax.devices())} x 25% of cpu"

@@ -101,3 +101,26 @@ def test_parts_that_cannot_be_are_refused(control, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=f"{parts.CONTROL} must be on the PATH"):
         parts.run(2, 2, "0", ("x.py",))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_splits_are_measured_by_processes_that_have_a_part_each(control, tmp_path, capfd):
+    """On simulated devices, which no daemon serves: the first process prints and writes."""
+    control()
+    out = tmp_path / "splits.json"
+    overrides = {
+        "run.compute_dtype": "bfloat16", "split.stages": 1, "split.expert_workers": 1,
+        "model.num_layers": 1, "batch.tokens_per_worker": 128,
+    }  # fmt: skip
+    command = (
+        "-m", "benchmarks.splits", "--config=configs/tiny.py", "--hardware=h100", f"--out={out}",
+        "--cpu_devices=1", "--length=128",
+        *(f"--config.{field}={value}" for field, value in overrides.items()),
+    )  # fmt: skip
+    parts.run(2, 2, "0", command)
+    results = json.loads(out.read_text())
+    assert {r["placement"] for r in results} == {"disaggregated", "colocated"}
+    assert {r["devices_here"].split(",")[0] for r in results} == {"2 x 50% of cpu"}
+    said = capfd.readouterr().out
+    assert said.count("2 compiled") == 1 and "losses agree" in said
