@@ -6,6 +6,7 @@ JAX_PLATFORMS=cuda python -m pytest -m gpu tests/test_gpu.py
 import dataclasses
 import functools
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from disag_jax import plain_model, verify
+from disag_jax import parts, plain_model, verify
 from disag_jax.config import (
     BatchConfig,
     Dtype,
@@ -344,6 +345,52 @@ def test_a_process_for_each_gpu_trains_like_one_for_both(tmp_path):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:2]
     one, two = losses(",".join(visible)), losses(*visible)
     assert len(one) == 4 and two == pytest.approx(one, rel=1e-4)
+
+
+SPLITS_OF_FOUR = {
+    "2 + 2, hop 2": (("attention_workers", 2), ("expert_workers", 2), ("hop", 2)),
+    "1 + 3": (("expert_workers", 3),),
+    "3 + 1": (("attention_workers", 3), ("expert_workers", 1)),
+    "two stages": (("stages", 2), ("expert_workers", 1)),
+}
+
+
+def test_four_parts_of_a_gpu_train_as_one_worker(tmp_path):
+    """Splits of four workers, each with a part of the GPU, on the batches of one that has all."""
+    if shutil.which(parts.CONTROL) is None:
+        pytest.skip("needs MPS")
+    config_file = launching.write_config(tmp_path)
+    common = ("--config.run.compute_dtype=float32", "--config.model.num_layers=2")
+    alone = ("placement=colocated", "stages=1", "attention_workers=1", "expert_workers=1")
+
+    def flags(num_attention_workers, *split):
+        micro_batches = 12 // num_attention_workers
+        return (
+            *common, f"--config.batch.micro_batches={micro_batches}",
+            *(f"--config.split.{one}" for one in split),
+        )  # fmt: skip
+
+    memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    expected = launching.losses(
+        launching.launch(
+            config_file, tmp_path / "one", 1, *flags(1, *alone), devices=0, environments=[memory]
+        )
+    )
+    assert len(expected) == 4
+    for name, split in SPLITS_OF_FOUR.items():
+        split = {"stages": 1, "attention_workers": 1} | dict(split)
+        workdir = tmp_path / name
+        command = [
+            sys.executable, "-m", "disag_jax.parts", "--parts=4", "--", "train.py",
+            f"--config={config_file}", f"--workdir={workdir}",
+            *flags(split["attention_workers"], *(f"{k}={v}" for k, v in split.items())),
+        ]  # fmt: skip
+        found = subprocess.run(
+            command, env=os.environ | memory, capture_output=True, text=True, timeout=120
+        )
+        assert found.returncode == 0, (name, found.stderr[-2000:])
+        losses = launching.losses(launching.read_records(workdir))
+        assert losses == pytest.approx(expected, rel=1e-4), name
 
 
 @pytest.mark.parametrize("name", ["PAIR", "TWIN", "ONE"])
