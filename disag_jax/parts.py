@@ -38,27 +38,37 @@ def run(parts: int, of: int, gpu: str, command: tuple[str, ...]):
     if not 1 <= parts <= of:
         raise ConfigError(f"--parts = {parts} must be from 1 to --of = {of}")
     joined = (f"--coordinator=127.0.0.1:{launch.free_port()}", f"--num_processes={parts}")
-    with tempfile.TemporaryDirectory() as directory, served(pathlib.Path(directory)) as pipe:
-        outputs = [pathlib.Path(directory) / f"{part}.txt" for part in range(1, parts)]
-        with contextlib.ExitStack() as files:
-            said = [files.enter_context(path.open("w")) for path in outputs]
-            codes = launch.run_together([
-                (
-                    [sys.executable, *command, *joined, f"--process_id={part}"],
-                    {
-                        "env": os.environ | pipe | environment(part, of, gpu),
-                        **({"stdout": file, "stderr": subprocess.STDOUT} if file else {}),
-                    },
-                )
-                for part, file in enumerate([None, *said])
-            ])  # fmt: skip
-        # Those that ended because another failed were killed.
-        failed = sorted(((code < 0, part) for part, code in enumerate(codes) if code))
+    with contextlib.ExitStack() as stack:
+        directory = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        pipe = stack.enter_context(served(directory))
+        # What the first process says goes where this one's words go.
+        said = {
+            part: stack.enter_context(open(directory / f"{part}", "w+")) for part in range(1, parts)
+        }
+
+        def started(part: int) -> tuple[list[str], dict]:
+            options = {"env": os.environ | pipe | environment(part, of, gpu)}
+            if part in said:
+                options |= {"stdout": said[part], "stderr": subprocess.STDOUT}
+            return [sys.executable, *command, *joined, f"--process_id={part}"], options
+
+        def last_words(part: int) -> str:
+            if part not in said:
+                return ""
+            said[part].seek(0)
+            return f": {launch.last_line(said[part].read())}"
+
+        try:
+            codes = launch.run_together([started(part) for part in range(parts)])
+        except RunError as error:
+            where = (f"; part {part}{last_words(part)}" for part in said)
+            raise RunError(f"{error}{''.join(where)}") from error
+        failed = [part for part, code in enumerate(codes) if code]
         if failed:
-            part = failed[0][1]
-            line = f": {launch.last_line(outputs[part - 1].read_text())}" if part else ""
+            # Of the others some were ended because one had failed.
+            part = min(failed, key=lambda part: (codes[part] < 0, part))
             kind = ConfigError if codes[part] == USER_ERROR else RunError
-            raise kind(f"part {part} of {parts} ended with code {codes[part]}{line}")
+            raise kind(f"part {part} of {parts} ended with code {codes[part]}{last_words(part)}")
 
 
 def environment(part: int, of: int, gpu: str) -> dict[str, str]:
@@ -74,11 +84,17 @@ def environment(part: int, of: int, gpu: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def served(directory: pathlib.Path):
-    """Within it MPS serves the processes that have the variables it gives; its logs are there."""
+    """Within it MPS serves the processes that have the variables it gives.
+
+    Its logs are in the directory, unless CUDA_MPS_LOG_DIRECTORY names another.
+    """
     control = shutil.which(CONTROL)
     if control is None:
         raise ConfigError(f"{CONTROL} must be on the PATH: it comes with NVIDIA's driver")
-    pipe = {"CUDA_MPS_PIPE_DIRECTORY": str(directory), "CUDA_MPS_LOG_DIRECTORY": str(directory)}
+    pipe = {
+        "CUDA_MPS_PIPE_DIRECTORY": str(directory),
+        "CUDA_MPS_LOG_DIRECTORY": os.environ.get("CUDA_MPS_LOG_DIRECTORY", str(directory)),
+    }
 
     def tell(*arguments: str, **options) -> str:
         # A pipe would be read until the daemon ends.
@@ -99,7 +115,7 @@ def served(directory: pathlib.Path):
         # Of four processes that found no server yet, one waited for ever.
         tell(input=f"start_server -uid {os.getuid()}\n")
         deadline = time.monotonic() + START_SECONDS
-        while "ACTIVE" not in _status(tell):
+        while not _has_server(tell):
             if time.monotonic() > deadline:
                 raise RunError(f"{CONTROL} has no server after {START_SECONDS} s")
             time.sleep(launch.POLL_SECONDS)
@@ -108,10 +124,11 @@ def served(directory: pathlib.Path):
         tell(input="quit\n")
 
 
-def _status(tell) -> str:
-    """Of the server, as the daemon says; empty if there is none yet."""
+def _has_server(tell) -> bool:
+    """Whether the daemon has a server that takes clients."""
     servers = tell(input="get_server_list\n").split()
-    return tell(input=f"get_server_status {servers[0]}\n") if servers else ""
+    status = tell(input=f"get_server_status {servers[0]}\n") if servers else "INITIALIZING"
+    return "INITIALIZING" not in status
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import json
 import os
 import pathlib
+import signal
+import threading
+import time
 
 import pytest
 
@@ -88,6 +91,32 @@ def test_where_one_fails_the_others_are_ended(control, tmp_path, code, kind):
     one_fails = program(tmp_path, ONE_FAILS.replace("{code}", str(code)))
     with pytest.raises(kind, match=f"part 1 of 3 ended with code {code}: error: what went wrong"):
         parts.run(3, 3, "0", (one_fails,))
+    assert told.read_text().endswith("quit\n")
+
+
+WAITS = (
+    PROGRAM
+    + """
+import time
+print("waits for what does not come", flush=True)
+path.with_suffix(".waits").touch()
+time.sleep(60)
+"""
+)
+
+
+@pytest.mark.timeout(30)
+def test_a_stop_reaches_all_and_says_where_they_were(control, tmp_path):
+    told = control()
+
+    def terminate():
+        while not all((tmp_path / f"{part}.waits").exists() for part in range(2)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate).start()
+    with pytest.raises(RunError, match="stopped by SIGTERM; part 1: waits for what does not come"):
+        parts.run(2, 2, "0", (program(tmp_path, WAITS),))
     assert told.read_text().endswith("quit\n")
 
 
