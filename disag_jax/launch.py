@@ -63,7 +63,7 @@ def run_together(commands: list[tuple[list[str], dict]]) -> list[int]:
         if stops:  # the signal came before there were processes to pass it on to
             stop()
         while None in (codes := [process.poll() for process in started]):
-            if any(codes):
+            if any(codes) and not stops:
                 break
             time.sleep(POLL_SECONDS)
     finally:

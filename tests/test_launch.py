@@ -37,5 +37,19 @@ def test_sigterm_reaches_the_command_and_its_end_is_waited_for(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_stop_waits_for_each_command_also_where_one_fails(tmp_path):
+    def terminate():
+        while not (tmp_path / "began").exists():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate).start()
+    # Without a handler SIGTERM ends the first one at once.
+    commands = [["import time; time.sleep(60)"], [WAITS, str(tmp_path)]]
+    with pytest.raises(RunError, match="stopped by SIGTERM"):
+        launch.run_together([([sys.executable, "-c", *command], {}) for command in commands])
+    assert (tmp_path / "ended").exists()
+
+
 def test_the_exit_code_is_returned():
     assert launch.run([sys.executable, "-c", "raise SystemExit(3)"]) == 3
