@@ -46,8 +46,8 @@ def run(command: list[str], **options) -> int:
 def run_together(commands: list[tuple[list[str], dict]]) -> list[int]:
     """Runs (command, options of subprocess.Popen) side by side, and returns their exit codes.
 
-    Where one fails the others are ended, and their codes are negative. SIGTERM is passed on: it has
-    the commands end in order, and RunError follows.
+    Where one fails the others are killed, and have the code of SIGKILL. SIGTERM is passed on: it
+    has the commands end in order, and RunError follows.
     """
     started, stops = [], []
 

@@ -15,6 +15,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,8 +66,8 @@ def run(parts: int, of: int, gpu: str, command: tuple[str, ...]):
             raise RunError(f"{error}{''.join(where)}") from error
         failed = [part for part, code in enumerate(codes) if code]
         if failed:
-            # Of the others some were ended because one had failed.
-            part = min(failed, key=lambda part: (codes[part] < 0, part))
+            # The others were killed because one had failed, maybe by a signal of its own.
+            part = min(failed, key=lambda part: (codes[part] == -signal.SIGKILL, part))
             kind = ConfigError if codes[part] == USER_ERROR else RunError
             raise kind(f"part {part} of {parts} ended with code {codes[part]}{last_words(part)}")
 

@@ -78,17 +78,26 @@ ONE_FAILS = (
 import time
 if flags["process_id"] == "1":
     print("error: what went wrong")
-    sys.exit({code})
+    sys.stdout.flush()
+    {end}
 time.sleep(60)
 """
 )
 
 
-@pytest.mark.parametrize("code, kind", [(2, ConfigError), (1, RunError)])
+@pytest.mark.parametrize(
+    "end, code, kind",
+    [
+        ("sys.exit(2)", 2, ConfigError),
+        ("sys.exit(1)", 1, RunError),
+        # As XLA, NCCL and JAX's coordination end a process that cannot go on.
+        ("os.abort()", -signal.SIGABRT, RunError),
+    ],
+)
 @pytest.mark.timeout(30)
-def test_where_one_fails_the_others_are_ended(control, tmp_path, code, kind):
+def test_where_one_fails_the_others_are_ended(control, tmp_path, end, code, kind):
     told = control()
-    one_fails = program(tmp_path, ONE_FAILS.replace("{code}", str(code)))
+    one_fails = program(tmp_path, ONE_FAILS.replace("{end}", end))
     with pytest.raises(kind, match=f"part 1 of 3 ended with code {code}: error: what went wrong"):
         parts.run(3, 3, "0", (one_fails,))
     assert told.read_text().endswith("quit\n")
