@@ -105,7 +105,8 @@ def hardware_here(name: str, num_devices: int, network: str) -> Hardware:
 
     network: as `mesh.runtime.start` was given.
     """
-    hardware = load(name)
+    hardware = processes.on_each(lambda: load(name))
+    processes.check_same_flags(hardware=f"{name} {_hash(hardware)}")
     if hardware.network != network:
         raise ConfigError(
             f"hardware {name}: network = {hardware.network!r} must be --network = {network!r}, as "
@@ -179,9 +180,13 @@ def run(
     stuck = [result for result in kept if "seconds" not in result]
     missing = [f"{one['group']}: {one['name']} did not end in an earlier run" for one in stuck]
 
+    processes.check_same_flags(out=f"{out}, holding {json.dumps(kept)}")
+
+    def text(*begun: dict) -> str:
+        return json.dumps([*results, *others, *stuck, *begun], indent=1)
+
     def write(*begun: dict):
-        if processes.is_first():
-            out.write_text(json.dumps([*results, *others, *stuck, *begun], indent=1))
+        processes.on_first(lambda: out.write_text(text(*begun)))
 
     def in_time() -> bool:
         return not processes.any_of(time.perf_counter() - began >= seconds)
@@ -195,7 +200,7 @@ def run(
     while waiting and in_time():
         together, waiting = waiting[:threads], waiting[threads:]
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            steppers = list(pool.map(stepper_of, together))
+            steppers = processes.on_each(lambda t=together: list(pool.map(stepper_of, t)))
         say(f"{len(together)} compiled")
         while together and in_time():
             case = together.pop(0)
@@ -207,11 +212,15 @@ def run(
                 results.append(_of_case(case) | measured | marked)
                 outcome = f"{results[-1]['seconds']:.3f} s"
             # Such as too little memory.
-            except (ConfigError, NothingTimed, jax.errors.JaxRuntimeError) as error:
+            except (ConfigError, NothingTimed, *_of_a_device()) as error:
                 outcome = f"failed: {str(error).splitlines()[0]}"
                 missing.append(f"{name} {outcome}")
-            finally:
-                write()  # also where a case ends the benchmark: only one that hangs stays begun
+            except BaseException:
+                # Only a case that hangs stays begun, and one that other processes wait for.
+                if jax.process_count() == 1:
+                    write()
+                raise
+            write()
             say(f"{name}: {outcome}")
             # The next one needs the memory.
             gc.collect()
@@ -222,12 +231,20 @@ def run(
     return results, "; ".join(missing)
 
 
+def _of_a_device() -> tuple[type[Exception], ...]:
+    """What a device says that lacks memory, if it ends the case alone.
+
+    Of several processes one may fail so while the others wait for it: then the program ends.
+    """
+    return (jax.errors.JaxRuntimeError,) if jax.process_count() == 1 else ()
+
+
 def _measure_in_time(case: Case, stepper: Stepper, hardware: Hardware) -> dict:
     """What `measure` returns; the process ends where it takes longer than any case that ends."""
     faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
     try:
         result = measure(case, stepper)
-        check_network(hardware.network)
+        processes.on_each(lambda: check_network(hardware.network))
         return result
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -333,8 +350,10 @@ class Flags:
 
     def start(self) -> tuple:
         """Starts the runtime, joined with other processes: (config, hardware, network, out)."""
+        from disag_jax import cli
         from mesh import runtime
 
         runtime.start(self.cpu_devices.value, network=self.network.value)
         processes.join(*(flag.value for flag in self.processes), self.config.value)
+        processes.check_same_flags(**cli.values_for_all())
         return self.config.value, self.hardware.value, self.network.value, self.out.value

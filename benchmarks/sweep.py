@@ -335,8 +335,8 @@ def main(
     results, missing = cases_lib.run(cases, pathlib.Path(out), seconds, threads, known)
     if processes.is_first():
         rich.console.Console(width=160).print(table(results))
-        if plot:
-            draw(results, pathlib.Path(plot))
+    if plot:
+        processes.on_first(lambda: draw(results, pathlib.Path(plot)))
     found = outcomes(results)
     processes.say(
         f"placement chosen right in {sum(one.is_right for one in found)} of {len(found)} cells",

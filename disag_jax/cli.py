@@ -14,6 +14,7 @@ from disag_jax.errors import INTERRUPTED, RUN_ERROR, USER_ERROR, ConfigError, Ru
 from disag_jax.files import discard_output
 
 NUMBER_PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser()}
+PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
 # What absl says of a flag that is marked as required.
 MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")
 
@@ -46,6 +47,17 @@ def define_process_flags():
         flags.DEFINE_integer("num_processes", None, "processes of the run"),
         flags.DEFINE_integer("process_id", None, "which of them this is, from 0"),
     )
+
+
+def values_for_all() -> dict[str, object]:
+    """Values of a command's flags that its processes must share; of configs see `processes`."""
+    own = set(PROCESS_FLAGS) | {"config"}
+    return {
+        flag.name: flag.value
+        for module, defined in flags.FLAGS.flags_by_module_dict().items()
+        for flag in defined
+        if not module.startswith("absl") and flag.name.split(".")[0] not in own
+    }
 
 
 def run(main, arguments: str | None = None):

@@ -73,7 +73,7 @@ class DisaggregatedPhases(Phases):
         message = self.message.decode(inbox)
         is_first = self._is_first_layer(entry)
         h_TD = jnp.where(is_first, self._embed(entry), combine(self.geometry, message))
-        # The first layer's input came from no message: its backward unit sends nothing.
+        # The first layer's input came from no message: nobody reads what its backward unit sends.
         origin = jnp.where(is_first, 0, message.origin)
         message, stash, stats = self._attention_forward(h_TD, origin, entry, stash, stats)
         return self.message.write(outbox, message), stash, stats

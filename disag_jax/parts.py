@@ -29,18 +29,48 @@ CONTROL = "nvidia-cuda-mps-control"
 # Of the GPU's memory; the rest is for what each process has outside of JAX's.
 MEMORY_SHARE = 0.88
 START_SECONDS = 30
+# Clients that are still there have so long to end, and the daemon to answer anything.
+QUIT_SECONDS, ANSWER_SECONDS = 10, 30
+DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
-def run(parts: int, of: int, gpu: str, command: tuple[str, ...]):
+def run(parts: int, of: int, gpu: str | None, command: tuple[str, ...]):
     """Runs Python's `command` in a process for each of the first `parts` of `of` parts of a GPU.
 
-    ConfigError if a process says so, or if the parts cannot be; RunError if one fails.
+    gpu: as CUDA_VISIBLE_DEVICES names it; None takes the first that this names, or the first.
+
+    ConfigError if a process says so, or if the parts cannot be; RunError if one fails. A signal to
+    stop is passed on, and is no error where all processes then end in order.
     """
     if not 1 <= parts <= of:
         raise ConfigError(f"--parts = {parts} must be from 1 to --of = {of}")
+    gpu = which_gpu(gpu)
+
+    def stop(signum, _):
+        raise launch.Stopped(signum)
+
+    with launch.on_stop(stop):
+        _run(parts, of, gpu, command)
+
+
+def which_gpu(wanted: str | None) -> str:
+    """The one GPU that is meant; ConfigError if it is not one, or none that may be seen."""
+    shown = [gpu for gpu in os.environ.get(DEVICES, "").split(",") if gpu]
+    if wanted is None:
+        return shown[0] if shown else "0"
+    if not wanted or "," in wanted:
+        raise ConfigError(f"--gpu = {wanted!r} must name one GPU, such as 0")
+    if shown and wanted not in shown:
+        raise ConfigError(f"--gpu = {wanted!r} must be one of {DEVICES} = {','.join(shown)}")
+    return wanted
+
+
+def _run(parts: int, of: int, gpu: str, command: tuple[str, ...]):
     joined = (f"--coordinator=127.0.0.1:{launch.free_port()}", f"--num_processes={parts}")
     with contextlib.ExitStack() as stack:
-        directory = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory = pathlib.Path(
+            stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        )
         pipe = stack.enter_context(served(directory))
         # What the first process says goes where this one's words go.
         said = {
@@ -59,23 +89,29 @@ def run(parts: int, of: int, gpu: str, command: tuple[str, ...]):
             said[part].seek(0)
             return f": {launch.last_line(said[part].read())}"
 
+        def words_of_others(part: int | None) -> str:
+            return "".join(f"; part {other}{last_words(other)}" for other in said if other != part)
+
         try:
             codes = launch.run_together([started(part) for part in range(parts)])
-        except RunError as error:
-            where = (f"; part {part}{last_words(part)}" for part in said)
-            raise RunError(f"{error}{''.join(where)}") from error
+        except launch.Stopped as error:
+            if error.codes is not None and not any(error.codes):
+                return
+            raise RunError(f"{error}{words_of_others(None)}") from error
         failed = [part for part, code in enumerate(codes) if code]
         if failed:
-            # The others were killed because one had failed, maybe by a signal of its own.
+            # The others were killed because one had failed, maybe by a signal of its own; or it did
+            # because it lost one that failed before and waits for it at its end.
             part = min(failed, key=lambda part: (codes[part] == -signal.SIGKILL, part))
             kind = ConfigError if codes[part] == USER_ERROR else RunError
-            raise kind(f"part {part} of {parts} ended with code {codes[part]}{last_words(part)}")
+            ended = f"part {part} of {parts} ended with code {codes[part]}{last_words(part)}"
+            raise kind(f"{ended}{words_of_others(part)}")
 
 
 def environment(part: int, of: int, gpu: str) -> dict[str, str]:
     """The variables that make a process one of a GPU's parts."""
     return runtime.SOCKETS | {
-        "CUDA_VISIBLE_DEVICES": gpu,
+        DEVICES: gpu,
         runtime.MPS_PERCENT: f"{100 / of:g}",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE / of:.3f}",
         # NCCL takes no GPU twice on one host.
@@ -97,19 +133,28 @@ def served(directory: pathlib.Path):
         "CUDA_MPS_LOG_DIRECTORY": os.environ.get("CUDA_MPS_LOG_DIRECTORY", str(directory)),
     }
 
+    # The daemon serves all GPUs, so that a number means the same GPU to it and to its clients.
+    environment = {k: v for k, v in os.environ.items() if k != DEVICES} | pipe
+
     def tell(*arguments: str, **options) -> str:
         # A pipe would be read until the daemon ends.
         with tempfile.TemporaryFile("w+") as said:
-            told = subprocess.run(
-                [control, *arguments], env=os.environ | pipe, stdout=said, stderr=said, text=True,
-                **options,
-            )  # fmt: skip
+            try:
+                told = subprocess.run(
+                    [control, *arguments], env=environment, stdout=said, stderr=said, text=True,
+                    timeout=ANSWER_SECONDS, **options,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired as error:
+                raise RunError(f"{CONTROL} did not answer in {ANSWER_SECONDS} s") from error
             said.seek(0)
             answer = said.read()
         if told.returncode:
             line = launch.last_line(answer)
             raise RunError(f"{CONTROL} failed with code {told.returncode}: {line}")
         return answer
+
+    def quit_it():
+        tell(input=f"quit -t {QUIT_SECONDS}\n")
 
     tell("-d")
     try:
@@ -121,8 +166,12 @@ def served(directory: pathlib.Path):
                 raise RunError(f"{CONTROL} has no server after {START_SECONDS} s")
             time.sleep(launch.POLL_SECONDS)
         yield pipe
-    finally:
-        tell(input="quit\n")
+    except BaseException:
+        # What ended it says more than a daemon that does not end.
+        with contextlib.suppress(RunError):
+            quit_it()
+        raise
+    quit_it()
 
 
 def _has_server(tell) -> bool:
@@ -137,11 +186,17 @@ if __name__ == "__main__":
 
     from disag_jax import cli
 
-    _PARTS = flags.DEFINE_integer("parts", 2, "processes, each with a part of the GPU")
-    _OF = flags.DEFINE_integer("of", None, "cut the GPU into so many; by default --parts")
-    _GPU = flags.DEFINE_string("gpu", "0", "which GPU, as in CUDA_VISIBLE_DEVICES")
+    _PARTS = flags.DEFINE_integer(
+        "parts", 2, "processes, each with a part of the GPU", lower_bound=1
+    )
+    _OF = flags.DEFINE_integer(
+        "of", None, "cut the GPU into so many; by default --parts", lower_bound=1
+    )
+    _GPU = flags.DEFINE_string(
+        "gpu", None, "which GPU, as in CUDA_VISIBLE_DEVICES; by default its first"
+    )
 
-    def _run(*command: str):
+    def _main(*command: str):
         run(_PARTS.value, _OF.value or _PARTS.value, _GPU.value, command)
 
-    cli.run(_run, arguments="program")
+    cli.run(_main, arguments="program")

@@ -186,7 +186,7 @@ class Phases:
 
         inbox: the forward message of this period; outbox: the backward phase's so far. The owners
         of the loss send its gradient instead; their only backward unit that may share the period
-        is layer 0's, which sends nothing.
+        is layer 0's, whose message nobody reads.
         """
 
         def due(outbox, head, nll):

@@ -22,6 +22,8 @@ from disag_jax.workdir import Workdir, named_fields
 # A sentence for the other processes, in bytes; longer ones are cut.
 SENTENCE_BYTES = 1024
 SLOWEST_WRITE_SECONDS = 1200
+# Of a process that failed alone: so long it waits for the others at its exit.
+ALONE_SECONDS = 10
 UNFORESEEN = "another process failed; its own message says why"
 
 
@@ -71,6 +73,8 @@ def join(
             process_id,
             local_device_ids=_only_device(),
             initialization_timeout=config.run.start_timeout_seconds,
+            # A run looks after its processes itself (disag_jax/watchdog.py); nothing else does.
+            shutdown_timeout_seconds=300 if ends_in_order else ALONE_SECONDS,
             # Ours comes first: it names the process (disag_jax/watchdog.py).
             heartbeat_timeout_seconds=3 * config.run.heartbeat_timeout_seconds + 30,
         )

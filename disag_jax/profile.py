@@ -64,7 +64,7 @@ def profile(
         points, lost = measure_units(shape, say)
     say("transfers")
     points |= measure_transfers(shape)
-    check_network(network)
+    processes.on_each(lambda: check_network(network))
     if not known:
         say("optimizer")
         points["update"] = measure_updates(shape, make_meshes(shape))
@@ -262,6 +262,7 @@ def summary(hardware: Hardware) -> str:
 def main(config: Config, out: str, network: str = "default", units: str | None = None):
     """Measures, prints and writes."""
     config.validate()
+    processes.check_same_config(config)
     check_predictable(config)
     processes.on_first(lambda: check_out(out))
     began = time.perf_counter()
@@ -315,6 +316,7 @@ if __name__ == "__main__":
     def _run():
         runtime.start(_CPU_DEVICES.value, network=_NETWORK.value)
         processes.join(*(flag.value for flag in _PROCESSES), _CONFIG.value)
+        processes.check_same_flags(**cli.values_for_all())
         main(_CONFIG.value, _OUT.value, _NETWORK.value, _UNITS.value)
 
     cli.run(_run)

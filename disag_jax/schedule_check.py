@@ -10,8 +10,9 @@ def check(schedule: Schedule, backward_hop: int | None = None):
     """Raises AssertionError, with a sentence that says where, unless the schedule can be executed.
 
     Every unit runs exactly once, on the worker that holds its layer. Every message is used `hop`
-    periods after it was made. The stage that owns a loss sends nothing else backward in that
-    period. Every unit input stays in its stash slot from the forward to the backward unit.
+    periods after it was made. The stage that owns a loss sends nothing else that is read
+    backward in that period. Every unit input stays in its stash slot from the forward to the
+    backward unit.
 
     backward_hop: of messages after the loss, where it is not the schedule's.
     """
@@ -82,7 +83,7 @@ def _loss_periods(schedule) -> np.ndarray:
 
 
 def _check_loss_sends_alone(schedule):
-    """On the stage whose loss is due only layer 0, which sends nothing, may run backward."""
+    """On the stage whose loss is due only layer 0, whose message nobody reads, may run backward."""
     owner = schedule.num_layers % schedule.stages
     for period in np.flatnonzero(schedule.loss != IDLE).tolist():
         micro_batch, row, _ = schedule.backward[period, owner, Role.ATTENTION].tolist()

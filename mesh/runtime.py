@@ -106,7 +106,15 @@ def _add_flags(flags: dict[str, str], override: bool):
 
 def gpu_share() -> float:
     """The share of its GPU's processors that this process has (disag_jax/parts.py)."""
-    return float(os.environ.get(MPS_PERCENT, 100)) / 100
+    percent = os.environ.get(MPS_PERCENT) or "100"
+    try:
+        if not 0 < float(percent) <= 100:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"{MPS_PERCENT} = {percent!r} must be a number over 0, and 100 at most"
+        ) from None
+    return float(percent) / 100
 
 
 def is_on(flag: str) -> bool:

@@ -100,3 +100,12 @@ def test_a_part_of_a_gpu_has_its_share_of_the_peak_and_says_so(monkeypatch):
     assert flops.peak_flops(bfloat16, kind) == whole / 4
     assert flops.peak_flops(bfloat16, "cpu") is None
     assert facts.devices() == f"{len(jax.devices())} x 25% of cpu"
+
+
+@pytest.mark.parametrize("percent", ["0", "101", "half", "nan"])
+def test_a_share_that_cannot_be_is_refused(monkeypatch, percent):
+    monkeypatch.setenv(runtime.MPS_PERCENT, percent)
+    with pytest.raises(ValueError, match=f"{runtime.MPS_PERCENT} = '{percent}' must be a number"):
+        runtime.gpu_share()
+    monkeypatch.setenv(runtime.MPS_PERCENT, "")
+    assert runtime.gpu_share() == 1

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
 
@@ -23,27 +24,53 @@ time.sleep(60)
 """
 
 
-def test_sigterm_reaches_the_command_and_its_end_is_waited_for(tmp_path):
-    def terminate():
-        while not (tmp_path / "began").exists():
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
+def send(signum, directory):
+    """Sends it to this process as soon as a command waits for it."""
 
-    before = signal.getsignal(signal.SIGTERM)
-    threading.Thread(target=terminate).start()
-    with pytest.raises(RunError, match="stopped by SIGTERM"):
+    def when_it_waits():
+        while not (directory / "began").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signum)
+
+    threading.Thread(target=when_it_waits).start()
+
+
+@pytest.mark.parametrize("signum", launch.STOPS, ids=lambda s: s.name)
+@pytest.mark.timeout(30)
+def test_a_stop_reaches_the_command_and_its_end_is_waited_for(tmp_path, signum):
+    before = signal.getsignal(signum)
+    send(signum, tmp_path)
+    with pytest.raises(launch.Stopped, match=f"stopped by {signum.name}") as stopped:
         launch.run([sys.executable, "-c", WAITS, str(tmp_path)])
+    assert (tmp_path / "ended").exists() and stopped.value.codes == [0]
+    assert signal.getsignal(signum) is before
+
+
+def test_under_nohup_a_hangup_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launch.on_stop(lambda *_: pytest.fail("called")):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.timeout(30)
+def test_an_interrupt_lets_the_commands_end_by_themselves(tmp_path):
+    # From a terminal it reaches them, too.
+    itself = WAITS.replace("signal.SIGTERM", "signal.SIGALRM").replace(
+        "time.sleep(60)", "signal.alarm(1); time.sleep(60)"
+    )
+    send(signal.SIGINT, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        launch.run([sys.executable, "-c", itself, str(tmp_path)])
     assert (tmp_path / "ended").exists()
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.timeout(30)
 def test_a_stop_waits_for_each_command_also_where_one_fails(tmp_path):
-    def terminate():
-        while not (tmp_path / "began").exists():
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=terminate).start()
+    send(signal.SIGTERM, tmp_path)
     # Without a handler SIGTERM ends the first one at once.
     commands = [["import time; time.sleep(60)"], [WAITS, str(tmp_path)]]
     with pytest.raises(RunError, match="stopped by SIGTERM"):
@@ -53,3 +80,11 @@ def test_a_stop_waits_for_each_command_also_where_one_fails(tmp_path):
 
 def test_the_exit_code_is_returned():
     assert launch.run([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+
+
+def test_the_last_line_that_names_an_error_is_taken():
+    text = "begins\nTraceback:\n  File x\njax.errors.JaxRuntimeError: no memory\n\nthreads: 19\n"
+    assert launch.last_line(text) == "jax.errors.JaxRuntimeError: no memory"
+    assert launch.last_line("x\nerror: --a = 1 must be 2\ny") == "error: --a = 1 must be 2"
+    assert launch.last_line("begins\nwaits\n\n") == "waits"
+    assert launch.last_line("\n") == "no message"
