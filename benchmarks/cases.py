@@ -180,7 +180,7 @@ def run(
     stuck = [result for result in kept if "seconds" not in result]
     missing = [f"{one['group']}: {one['name']} did not end in an earlier run" for one in stuck]
 
-    processes.check_same_flags(out=f"{out}, holding {json.dumps(kept)}")
+    processes.check_same_flags(out=f"{out}, {len(kept)} results {_digest(json.dumps(kept))}")
 
     def text(*begun: dict) -> str:
         return json.dumps([*results, *others, *stuck, *begun], indent=1)
@@ -275,7 +275,10 @@ def _predicted_anew(measured: list[dict], cases: list, marks: dict) -> tuple[lis
 
 
 def _hash(record) -> str:
-    text = json.dumps(dataclasses.asdict(record), sort_keys=True, default=str)
+    return _digest(json.dumps(dataclasses.asdict(record), sort_keys=True, default=str))
+
+
+def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
