@@ -182,11 +182,9 @@ def run(
 
     processes.check_same_flags(out=f"{out}, {len(kept)} results {_digest(json.dumps(kept))}")
 
-    def text(*begun: dict) -> str:
-        return json.dumps([*results, *others, *stuck, *begun], indent=1)
-
     def write(*begun: dict):
-        processes.on_first(lambda: out.write_text(text(*begun)))
+        everything = [*results, *others, *stuck, *begun]
+        processes.on_first(lambda: out.write_text(json.dumps(everything, indent=1)))
 
     def in_time() -> bool:
         return not processes.any_of(time.perf_counter() - began >= seconds)

@@ -31,7 +31,6 @@ MEMORY_SHARE = 0.88
 START_SECONDS = 30
 # Clients that are still there have so long to end, and the daemon to answer anything.
 QUIT_SECONDS, ANSWER_SECONDS = 10, 30
-DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def run(parts: int, of: int, gpu: str | None, command: tuple[str, ...]):
@@ -55,13 +54,14 @@ def run(parts: int, of: int, gpu: str | None, command: tuple[str, ...]):
 
 def which_gpu(wanted: str | None) -> str:
     """The one GPU that is meant; ConfigError if it is not one, or none that may be seen."""
-    shown = [gpu for gpu in os.environ.get(DEVICES, "").split(",") if gpu]
+    shown = runtime.visible_gpus()
     if wanted is None:
         return shown[0] if shown else "0"
     if not wanted or "," in wanted:
         raise ConfigError(f"--gpu = {wanted!r} must name one GPU, such as 0")
     if shown and wanted not in shown:
-        raise ConfigError(f"--gpu = {wanted!r} must be one of {DEVICES} = {','.join(shown)}")
+        named = f"{runtime.VISIBLE_GPUS} = {','.join(shown)}"
+        raise ConfigError(f"--gpu = {wanted!r} must be one of {named}")
     return wanted
 
 
@@ -111,7 +111,7 @@ def _run(parts: int, of: int, gpu: str, command: tuple[str, ...]):
 def environment(part: int, of: int, gpu: str) -> dict[str, str]:
     """The variables that make a process one of a GPU's parts."""
     return runtime.SOCKETS | {
-        DEVICES: gpu,
+        runtime.VISIBLE_GPUS: gpu,
         runtime.MPS_PERCENT: f"{100 / of:g}",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE / of:.3f}",
         # NCCL takes no GPU twice on one host.
@@ -134,7 +134,7 @@ def served(directory: pathlib.Path):
     }
 
     # The daemon serves all GPUs, so that a number means the same GPU to it and to its clients.
-    environment = {k: v for k, v in os.environ.items() if k != DEVICES} | pipe
+    environment = {k: v for k, v in os.environ.items() if k != runtime.VISIBLE_GPUS} | pipe
 
     def tell(*arguments: str, **options) -> str:
         # A pipe would be read until the daemon ends.

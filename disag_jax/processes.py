@@ -18,6 +18,7 @@ from disag_jax.config import Config
 from disag_jax.errors import ConfigError, RunError
 from disag_jax.last_words import LastWords
 from disag_jax.workdir import Workdir, named_fields
+from mesh import runtime
 
 # A sentence for the other processes, in bytes; longer ones are cut.
 SENTENCE_BYTES = 1024
@@ -321,8 +322,7 @@ def _only_device() -> list[int] | None:
 
     JAX would otherwise look for a GPU of the rank's number in every task of a SLURM launch.
     """
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return [0] if len(shown) == 1 and shown[0] else None
+    return [0] if len(runtime.visible_gpus()) == 1 else None
 
 
 def _launched_with_others() -> bool:

@@ -25,6 +25,7 @@ if jaxlib.version.__version_info__ >= (0, 11):
     GPU_FLAGS["--xla_gpu_enable_allocator_spatial_partitioning"] = "false"
 # Percent of a GPU's processors that MPS gives a process.
 MPS_PERCENT = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # of the hardware
 GPU_ENVIRONMENT = {
     # JAX takes three quarters by default; nothing else runs on a training GPU.
@@ -102,6 +103,11 @@ def _add_flags(flags: dict[str, str], override: bool):
     kept = [flag for flag in given if not (override and flag.split("=")[0] in flags)]
     added = [f"{k}={v}" for k, v in flags.items() if override or k not in names]
     os.environ["XLA_FLAGS"] = " ".join(kept + added)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process is shown, as the environment names them; [] says nothing."""
+    return [gpu for gpu in os.environ.get(VISIBLE_GPUS, "").split(",") if gpu]
 
 
 def gpu_share() -> float:

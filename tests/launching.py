@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 from disag_jax.launch import free_port
@@ -131,3 +132,14 @@ def read_records(workdir) -> list[dict]:
 
 def losses(records) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
+
+
+def send_when_there(signum: int, *paths: pathlib.Path):
+    """Sends a signal to this process as soon as all the files are there; returns at once."""
+
+    def send():
+        while not all(path.exists() for path in paths):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signum)
+
+    threading.Thread(target=send).start()

@@ -3,13 +3,12 @@
 import os
 import signal
 import sys
-import threading
-import time
 
 import pytest
 
 from disag_jax import launch
 from disag_jax.errors import RunError
+from tests import launching
 
 # Says when it is ready for the signal, and ends in order some time after it.
 WAITS = """
@@ -24,29 +23,18 @@ time.sleep(60)
 """
 
 
-def send(signum, directory):
-    """Sends it to this process as soon as a command waits for it."""
-
-    def when_it_waits():
-        while not (directory / "began").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signum)
-
-    threading.Thread(target=when_it_waits).start()
-
-
 @pytest.mark.parametrize("signum", launch.STOPS, ids=lambda s: s.name)
 @pytest.mark.timeout(30)
 def test_a_stop_reaches_the_command_and_its_end_is_waited_for(tmp_path, signum):
     before = signal.getsignal(signum)
-    send(signum, tmp_path)
+    launching.send_when_there(signum, tmp_path / "began")
     with pytest.raises(launch.Stopped, match=f"stopped by {signum.name}") as stopped:
         launch.run([sys.executable, "-c", WAITS, str(tmp_path)])
     assert (tmp_path / "ended").exists() and stopped.value.codes == [0]
     assert signal.getsignal(signum) is before
 
 
-def test_under_nohup_a_hangup_stays_ignored(monkeypatch):
+def test_under_nohup_a_hangup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with launch.on_stop(lambda *_: pytest.fail("called")):
@@ -62,7 +50,7 @@ def test_an_interrupt_lets_the_commands_end_by_themselves(tmp_path):
     itself = WAITS.replace("signal.SIGTERM", "signal.SIGALRM").replace(
         "time.sleep(60)", "signal.alarm(1); time.sleep(60)"
     )
-    send(signal.SIGINT, tmp_path)
+    launching.send_when_there(signal.SIGINT, tmp_path / "began")
     with pytest.raises(KeyboardInterrupt):
         launch.run([sys.executable, "-c", itself, str(tmp_path)])
     assert (tmp_path / "ended").exists()
@@ -70,7 +58,7 @@ def test_an_interrupt_lets_the_commands_end_by_themselves(tmp_path):
 
 @pytest.mark.timeout(30)
 def test_a_stop_waits_for_each_command_also_where_one_fails(tmp_path):
-    send(signal.SIGTERM, tmp_path)
+    launching.send_when_there(signal.SIGTERM, tmp_path / "began")
     # Without a handler SIGTERM ends the first one at once.
     commands = [["import time; time.sleep(60)"], [WAITS, str(tmp_path)]]
     with pytest.raises(RunError, match="stopped by SIGTERM"):

@@ -7,13 +7,13 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
 from disag_jax import launch, parts
 from disag_jax.errors import USER_ERROR, ConfigError, RunError
+from mesh import runtime
+from tests import launching
 
 # Stands for NVIDIA's daemon, and keeps what it is told.
 CONTROL = """#!/bin/sh
@@ -120,12 +120,8 @@ time.sleep(60)
 
 
 def terminate_when_they_wait(directory):
-    def terminate():
-        while not all((directory / f"{part}.waits").exists() for part in range(2)):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=terminate).start()
+    waiting = (directory / f"{part}.waits" for part in range(2))
+    launching.send_when_there(signal.SIGTERM, *waiting)
 
 
 @pytest.mark.timeout(30)
@@ -154,8 +150,7 @@ def test_parts_that_end_in_order_are_no_error(control, tmp_path):
 @pytest.mark.timeout(30)
 def test_a_stop_before_the_parts_ends_the_daemon(control, tmp_path, monkeypatch):
     told = control()
-    kill = lambda tell: os.kill(os.getpid(), signal.SIGHUP)  # noqa: E731
-    monkeypatch.setattr(parts, "_has_server", kill)
+    monkeypatch.setattr(parts, "_has_server", lambda _: os.kill(os.getpid(), signal.SIGHUP))
     with pytest.raises(RunError, match="stopped by SIGHUP"):
         parts.run(2, 2, "0", (program(tmp_path, PROGRAM),))
     assert told.read_text().endswith("quit -t 10\n") and not (tmp_path / "0.json").exists()
@@ -177,9 +172,9 @@ def test_the_gpu_is_one_of_those_that_may_be_seen(control, tmp_path, monkeypatch
     for wanted in ("", "0,1"):
         with pytest.raises(ConfigError, match=f"--gpu = {wanted!r} must name one GPU"):
             parts.run(1, 1, wanted, ("x.py",))
-    monkeypatch.delenv(parts.DEVICES, raising=False)
+    monkeypatch.delenv(runtime.VISIBLE_GPUS, raising=False)
     assert parts.which_gpu(None) == "0" and parts.which_gpu("3") == "3"
-    monkeypatch.setenv(parts.DEVICES, "2,3")
+    monkeypatch.setenv(runtime.VISIBLE_GPUS, "2,3")
     assert parts.which_gpu(None) == "2" and parts.which_gpu("3") == "3"
     with pytest.raises(ConfigError, match=r"--gpu = '0' must be one of \w+ = 2,3"):
         parts.run(1, 1, "0", ("x.py",))
@@ -264,9 +259,8 @@ def test_processes_of_a_benchmark_share_their_flags(tmp_path):
         commands = []
         for process in range(2):
             command = [
-                sys.executable, "-m", "benchmarks.splits", "--config=configs/tiny.py",
-                "--hardware=h100", f"--out={tmp_path / 'splits.json'}", "--cpu_devices=1",
-                f"--length={128 << process}", joined, "--num_processes=2",
+                sys.executable, "-m", "benchmarks.splits", *flags_of_splits(tmp_path / "out.json"),
+                f"--length={256 << process}", joined, "--num_processes=2",
                 f"--process_id={process}",
             ]  # fmt: skip
             said = stack.enter_context(open(tmp_path / f"{process}.txt", "w"))
