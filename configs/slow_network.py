@@ -2,7 +2,8 @@
 
 Where communication equals compute there is most to hide. Attention and experts are equal on one GPU
 each, a message has a whole period to travel (hop 2), and the attention worker computes all of the
-loss, so that none of its tokens cross. The model is no published one.
+loss, so that none of its tokens cross. Micro-batches are small and many, so that the pipeline fills
+soon. The model is no published one.
 
   python train.py --config configs/slow_network.py --workdir runs/one
   python -m disag_jax.compare --config configs/slow_network.py --workdir runs/slow --network=sockets
@@ -18,11 +19,11 @@ def get_config() -> Config:
     config = balanced.get_config()
     config.name = "slow_network"
     config.model = dataclasses.replace(
-        config.model, num_layers=2, num_heads=112, num_kv_heads=8,
+        config.model, num_layers=3, num_heads=160, num_kv_heads=8,
         num_experts=12, top_k=8, expert_width=8192,
     )  # fmt: skip
     config.split = dataclasses.replace(config.split, hop=2, loss_share=1.0)
-    config.batch = dataclasses.replace(config.batch, sequence_length=16_384, micro_batches=32)
-    # A batch is 524,288 tokens, and one is held out.
-    config.data.held_out_fraction = 0.2
+    config.batch = dataclasses.replace(
+        config.batch, sequence_length=8192, tokens_per_worker=8192, micro_batches=32
+    )
     return config

@@ -8,6 +8,7 @@ role at a time, without transfers.
 import concurrent.futures
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,9 @@ from disag_jax.timing import Figure, time_calls, time_iterations
 from mesh.placement import Meshes
 from mesh.roles import Role
 
-# A transfer of at most this share of a phase hides under it for certain.
-HIDDEN_SHARE = 0.5
+# A transfer of at most this share of a phase hides under it for certain. Of a longer one a part is
+# sent instead, cut in at most so many.
+HIDDEN_SHARE, MOST_PARTS = 0.5, 256
 
 COMPILED_AT_ONCE = 16
 
@@ -52,10 +54,14 @@ def _transfer(direction: str) -> str:
     return f"transfer under {direction}"
 
 
+def _unit(role: Role, direction: str) -> str:
+    return f"{role.label}_{direction}"
+
+
 # Names of the programs.
 START = "start"
 ALONE = (START, *DIRECTIONS)
-BESIDE = tuple(name(direction) for direction in DIRECTIONS for name in (_beside, _transfer))
+TRANSFERS = tuple(_transfer(direction) for direction in DIRECTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +83,14 @@ def measure(configs: list[Config], meshes: Meshes) -> tuple[list[PhaseTimes], di
     """(times of each config in the smallest bucket that holds its routing, what the first loses).
 
     The configs have one stage and two layers. What is lost, by unit, is the seconds that its phase
-    takes longer for each second of the transfer that it hides; units whose transfer is not much
-    shorter are left out: what would be timed is the transfer. All programs are compiled side by
-    side, then run one at a time.
+    takes longer for each second of the transfer that it hides. Programs are compiled side by side,
+    and run one at a time.
     """
     assert all(c.split.stages == 1 and c.model.num_layers == 2 for c in configs), configs
     benches = [_PhaseBench(config, meshes, buckets(config)[0]) for config in configs]
     with concurrent.futures.ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
         programs = [(bench, name) for bench in benches for name in ALONE]
-        programs += [(benches[0], name) for name in BESIDE]
+        programs += [(benches[0], name) for name in TRANSFERS]
         losses = [pool.submit(bench.loss) for bench in benches]
         waiting = [pool.submit(bench.program, name) for bench, name in programs]
         for done in waiting + losses:
@@ -137,33 +142,61 @@ class _PhaseBench:
         return PhaseTimes(self.bucket, self.pairs, figures)
 
     def lost_beside_transfers(self, alone: PhaseTimes) -> dict[str, float]:
-        """Of the units whose transfer is short enough; none where XLA runs both in turn."""
-        if not all(self._overlaps(direction) for direction in DIRECTIONS):
+        """Of the units beside such a part of their transfer as they hide for certain.
+
+        Of a longer one what was timed would be the transfer. None where XLA runs both in turn, or
+        where no part is short enough.
+        """
+        before = {name: figure.milliseconds for name, figure in alone.figures.items()}
+        parts = {direction: self._parts(direction, before) for direction in DIRECTIONS}
+        if None in parts.values():
             return {}
-        beside, found = self.phase_times(beside_transfer=True), {}
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(lambda one: self.program(_beside(one), parts[one]), DIRECTIONS))
+        if not all(self._overlaps(*one) for one in parts.items()):
+            return {}
+        found = {}
         for direction in DIRECTIONS:
-            program = self.program(_transfer(direction))
-            transfer = self.time(direction, program, Role.ATTENTION).milliseconds
-            for name in (f"{role.label}_{direction}" for role in Role):
-                before = alone.figures[name].milliseconds
-                if transfer < HIDDEN_SHARE * before:
-                    found[name] = max(0.0, beside[name].milliseconds - before) / transfer
+            transfer = self._transfer_time(direction, parts[direction])
+            beside = self._role_times(direction, self.program(_beside(direction), parts[direction]))
+            for name, figure in beside.items():
+                found[name] = max(0.0, figure.milliseconds - before[name]) / transfer
         return found
 
-    def _overlaps(self, direction: str) -> bool:
+    def _parts(self, direction: str, before: dict[str, float]) -> int | None:
+        """In how many parts a transfer is short enough beside the phases of a direction."""
+        longest = HIDDEN_SHARE * min(before[_unit(role, direction)] for role in Role)
+        parts = 1
+        while (milliseconds := self._transfer_time(direction, parts)) > longest:
+            parts *= 2 ** math.ceil(math.log2(milliseconds / longest))
+            if parts > MOST_PARTS:
+                return None
+        return parts
+
+    def _transfer_time(self, direction: str, parts: int) -> float:
+        """Milliseconds of such a part of the transfer that a phase of a direction hides."""
+        program = self.program(_transfer(direction), parts)
+        return self.time(direction, program, Role.ATTENTION).milliseconds
+
+    def _overlaps(self, direction: str, parts: int) -> bool:
         """Whether the transfer is under way while the phase runs, by the compiled program."""
-        found = transfers(self.program(_beside(direction)).as_text())
+        found = transfers(self.program(_beside(direction), parts).as_text())
         return bool(found) and all(transfer.conditionals for transfer in found)
 
-    def phase_times(self, *, beside_transfer: bool = False) -> dict[str, Figure]:
-        """Times by unit; with `beside_transfer`, while the transfer runs that the phase hides."""
-        figures = {}
-        for direction in DIRECTIONS:
-            program = self.program(_beside(direction) if beside_transfer else direction)
-            for role in Role:
-                name = f"{role.label}_{direction}"
-                figures[name] = self.time(name, program, role)
-        return figures
+    def phase_times(self) -> dict[str, Figure]:
+        """Times by unit, without transfers."""
+        return {
+            name: figure
+            for direction in DIRECTIONS
+            for name, figure in self._role_times(direction, self.program(direction)).items()
+        }
+
+    def _role_times(self, direction: str, program) -> dict[str, Figure]:
+        """Times by unit of a program that runs the phases of a direction."""
+        return {
+            _unit(role, direction): self.time(_unit(role, direction), program, role)
+            for role in Role
+        }
 
     def time(self, name: str, program, role: Role) -> Figure:
         """Time of one of the phases that a program runs in a loop."""
@@ -207,20 +240,23 @@ class _PhaseBench:
         )
         return rows, vocabulary, bias, batch
 
-    def program(self, name: str):
-        """The compiled program of a name; safe to call from several threads for several names."""
-        if name not in self.compiled:
-            self.compiled[name] = self._lower(name).compile()
-        return self.compiled[name]
+    def program(self, name: str, parts: int = 1):
+        """The compiled program of a name; safe to call from several threads for several names.
 
-    def _lower(self, name: str):
+        parts: a program that sends sends one of so many parts of a message.
+        """
+        if (name, parts) not in self.compiled:
+            self.compiled[name, parts] = self._lower(name, parts).compile()
+        return self.compiled[name, parts]
+
+    def _lower(self, name: str, parts: int):
         if name == START:
             return self._jitted(self._start).lower(*self.arguments)
         functions = {direction: getattr(self, f"_{direction}") for direction in DIRECTIONS}
         for direction in DIRECTIONS:
             phase = functions[direction]
-            functions[_beside(direction)] = self._beside_transfer(phase, direction)
-            functions[_transfer(direction)] = self.only_transfer(direction)
+            functions[_beside(direction)] = self._beside_transfer(phase, direction, parts)
+            functions[_transfer(direction)] = self._only_transfer(direction, parts)
         state, _ = jax.eval_shape(self._jitted(self._start), *self.arguments)
         arguments = [
             jax.tree.map(lambda x, s=spec: self._abstract(x, s), value)
@@ -327,12 +363,12 @@ class _PhaseBench:
 
         return (jnp.zeros_like(cotangent), phases.zero_grads()), phase, result
 
-    def _beside_transfer(self, make, direction: str):
+    def _beside_transfer(self, make, direction: str, parts: int):
         """The same loop with the transfer of the other direction's messages in each iteration."""
 
         def make_both(phases, state, role):
             carry, phase, result = make(phases, state, role)
-            sent, send = self._other_transfer(phases, state, direction)
+            sent, send = self._other_transfer(phases, state, direction, parts)
 
             def both(index, carry):
                 sent, carry = carry
@@ -343,20 +379,22 @@ class _PhaseBench:
 
         return make_both
 
-    def only_transfer(self, direction: str):
+    def _only_transfer(self, direction: str, parts: int):
         """A loop over the transfer that a phase of this direction hides."""
 
         def make(phases, state, role):
             del role
-            sent, send = self._other_transfer(phases, state, direction)
+            sent, send = self._other_transfer(phases, state, direction, parts)
             return sent, lambda _, sent: send(sent), lambda sent: sent[:, :1]
 
         return make
 
     @staticmethod
-    def _other_transfer(phases, state, direction: str):
+    def _other_transfer(phases, state, direction: str, parts: int):
         """(words, function that sends them): a forward phase hides a backward transfer."""
         message, cotangent, _ = state
-        if direction == "forward":
-            return cotangent, phases.transport.send_backward
-        return message, phases.transport.send_forward
+        words, send = {
+            "forward": (cotangent, phases.transport.send_backward),
+            "backward": (message, phases.transport.send_forward),
+        }[direction]
+        return words[:, : -(-words.shape[1] // parts)], send
