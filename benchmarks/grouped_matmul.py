@@ -19,6 +19,7 @@ from layers.grouped_matmul_hopper import (
     add_weight_gradient,
     rows_times_pair,
     rows_times_weights,
+    weight_gradient,
 )
 
 EXPERTS, D_MODEL, WIDTH = 64, 2048, 1408
@@ -42,6 +43,8 @@ class Products:
 
     # Of an expert: two products forward as a pair and the one down, and what their gradients take.
     WHOLE = ("x w, x v", "x w", "dy w^T", "dy w^T + dz v^T", *3 * ["+= x^T dy"])
+    # One product forward and its two gradients, all in bfloat16, as torch's below.
+    ALONE = ("x w", "dy w^T", "x^T dy")
 
     def __init__(self, num_rows: int, skew: float):
         ids = route(num_rows, skew)
@@ -83,6 +86,7 @@ class Products:
             "dy w^T + dz v^T": (2, lambda: product((dy, dz), w, both, groups, transpose=True)),
             "the same in three": (2, lambda: add_products(dy, dz, w)),
             "+= x^T dy": (1, add_again),
+            "x^T dy": (1, lambda: weight_gradient(x, dy, groups, EXPERTS, x.dtype)),
         }
 
 
@@ -96,6 +100,7 @@ def measure(num_rows: int, skew: float):
         for name, (num_products, call) in products.calls.items()
     }
     line("all of an expert", sum(took[name] for name in Products.WHOLE), 9)
+    line("x w and gradients", sum(took[name] for name in Products.ALONE), 3)
     _measure_torch(num_rows, counts, line)
 
 

@@ -19,11 +19,13 @@ def get_config() -> Config:
     config = balanced.get_config()
     config.name = "slow_network"
     config.model = dataclasses.replace(
-        config.model, num_layers=3, num_heads=160, num_kv_heads=8,
+        config.model, num_layers=3, num_heads=176, num_kv_heads=8,
         num_experts=12, top_k=8, expert_width=8192,
     )  # fmt: skip
     config.split = dataclasses.replace(config.split, hop=2, loss_share=1.0)
     config.batch = dataclasses.replace(
-        config.batch, sequence_length=8192, tokens_per_worker=8192, micro_batches=32
+        config.batch, sequence_length=8192, tokens_per_worker=8192, micro_batches=64
     )
+    # A batch is 524,288 tokens, and one is held out.
+    config.data.held_out_fraction = 0.2
     return config

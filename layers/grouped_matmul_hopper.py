@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from layers import hopper
-from layers.hopper import DEPTH, ROWS, SIDE, SQUARES, STEPS, STRIPE, TILE_ROWS
+from layers.hopper import DEPTH, EPILOGUE, ROWS, SIDE, SQUARES, STEPS, STRIPE, TILE_ROWS
 
 COLUMNS = 2 * SIDE
 # Of a weight gradient: what it is added to takes shared memory, and passes through the cache too.
@@ -228,8 +228,25 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: 
     the product and stored; the copy engine adds the other half in the cache, which adds too slowly
     for all of them.
     """
+    assert sums_NAB.shape[1:] == (x_PA.shape[1], dy_PB.shape[1]), (x_PA.shape, sums_NAB.shape)
+    kernel, operands, blocks = _weight_gradient(first, x_PA, dy_PB, tile_expert, num_experts, True)
+    return hopper.call(kernel, operands, blocks=blocks, in_place=sums_NAB)
+
+
+@functools.partial(jax.jit, static_argnames=("num_experts", "dtype"))
+def weight_gradient(x_PA, dy_PB, tile_expert, num_experts: int, dtype):
+    """The sum of x^T dy over each expert's tiles as a new array: [E, A, B] of `dtype`."""
+    out = jax.ShapeDtypeStruct((num_experts, x_PA.shape[1], dy_PB.shape[1]), dtype)
+    kernel, operands, blocks = _weight_gradient(0, x_PA, dy_PB, tile_expert, num_experts, False)
+    return hopper.call(kernel, operands, out, blocks=blocks)
+
+
+def _weight_gradient(first, x_PA, dy_PB, tile_expert, num_experts: int, adds: bool):
+    """(kernel, its operands, its blocks) that adds to the matrices of its last argument.
+
+    Without `adds` it overwrites them, with zeros for an expert without rows.
+    """
     inner, outer = x_PA.shape[1], dy_PB.shape[1]
-    assert sums_NAB.shape[1:] == (inner, outer), (x_PA.shape, dy_PB.shape, sums_NAB.shape)
     height, width = _gradient_block(inner, outer)
     blocks_per_expert = pl.cdiv(inner, height)
     blocks = (num_experts * blocks_per_expert, pl.cdiv(outer, width))
@@ -250,7 +267,7 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: 
             ],
         )
 
-    def weight_gradient(places, tiles, first_tiles, x, dy, sums):
+    def weight_gradient(places, tiles, first_tiles, x, dy, gradients):
         def in_scope(allocations, staging, arrived):
             group = lax.axis_index("wg")
             # The warpgroups share the block's longer side.
@@ -262,12 +279,12 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: 
                 row_block = lax.rem(expert_and_row, jnp.int32(blocks_per_expert))
                 steps = tiles[expert] * steps_per_tile
                 first = first_tiles[expert] * steps_per_tile
-                target = sums.at[
+                target = gradients.at[
                     places[expert],
                     pl.ds(row_block * height + row, SIDE),
                     pl.ds(column_block * width + column, SIDE),
                 ]
-                fetched = list(enumerate(hopper.squares()[:SQUARES]))
+                fetched = list(enumerate(hopper.squares()[: SQUARES if adds else 0]))
 
                 def multiply(step, x_tile, dy_tile, accumulators):
                     for number, square in fetched:
@@ -301,12 +318,25 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: 
                             reduction_op=None if number < SQUARES else "add",
                         )
 
+                def store(acc):
+                    result = acc.astype(gradients.dtype)
+                    parts = [(result[square], target.at[square]) for square in hopper.squares()]
+                    hopper.store(parts, staging, group)
+
                 @pl.when(steps > 0)
                 def _():
-                    context = hopper.on_accumulators(add, (SIDE, SIDE))
+                    context = hopper.on_accumulators(add if adds else store, (SIDE, SIDE))
                     pipeline(multiply, context, steps, first, row_block, column_block)(
                         x, dy, allocations=allocations
                     )
+
+                if not adds:
+                    # The third warpgroup, which loads, has no part of the block.
+                    @pl.when((steps == 0) & (group < 2))
+                    def _():
+                        none = jnp.zeros((EPILOGUE, EPILOGUE), gradients.dtype)
+                        parts = [(none, target.at[square]) for square in hopper.squares()]
+                        hopper.store(parts, staging, group)
 
             hopper.for_each_block(blocks, block, GRADIENT_STRIPE)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -314,14 +344,14 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: 
         pl.run_scoped(
             in_scope,
             pipeline(hopper.ignore, hopper.ignore).get_allocations(x, dy),
-            hopper.staging(sums.dtype),
+            hopper.staging(gradients.dtype),
             plgpu.Barrier(num_arrivals=SQUARES, num_barriers=2),
             collective_axes="wg",
         )
 
     places_E = first + jnp.arange(num_experts, dtype=jnp.int32)
     operands = (places_E, tiles_E, first_tile_E, x_PA, dy_PB)
-    return hopper.call(weight_gradient, operands, blocks=blocks, in_place=sums_NAB)
+    return weight_gradient, operands, blocks
 
 
 def _gradient_block(inner: int, outer: int) -> tuple[int, int]:

@@ -145,7 +145,7 @@ def test_hopper_kernels_equal_the_portable_product(num_weights, outer):
         y, vjp = jax.vjp(product, x)
         used = jnp.repeat(order.tile_expert < counts.size, tile_rows())[:, None]
         wide = jnp.float32 if dtype == jnp.bfloat16 else dtype
-        added = jnp.asarray(sums, wide)
+        added, written = jnp.asarray(sums, wide), []
         for which in range(num_weights):
             gradient = WeightGradient(x, dy[which], order.tile_expert, counts.size)
             place = 1 + which * counts.size
@@ -153,15 +153,20 @@ def test_hopper_kernels_equal_the_portable_product(num_weights, outer):
                 added = gradient.add_to(added, jnp.int32(place))
             else:
                 added = added.at[place : place + counts.size].add(gradient.dense(wide))
+            written.append(gradient.dense(dtype))
         dx = vjp(tuple(dy))[0]
-        return jnp.where(used, jnp.stack(y), 0), jnp.where(used, dx, 0), added - sums
+        rows = jnp.where(used, jnp.stack(y), 0), jnp.where(used, dx, 0)
+        return *rows, jnp.stack(written), added - sums
 
     arguments = (x, stack, dy, sums, jnp.array(firsts, jnp.int32))
     kernels = jax.jit(all_products, static_argnums=0)(jnp.bfloat16, *arguments)
     exact = jax.jit(all_products, static_argnums=0)(jnp.float64, *arguments)
-    for kernel, expected, tolerance in zip(kernels, exact, (4e-3, 4e-3, 1e-5), strict=True):
+    tolerances = (4e-3, 4e-3, 4e-3, 1e-5)
+    for kernel, expected, tolerance in zip(kernels, exact, tolerances, strict=True):
         assert support.relative_error(np.asarray(kernel, np.float64), expected) < tolerance
-    assert not np.asarray(kernels[2])[0].any() and not np.asarray(kernels[2])[-2:].any()
+    written, added = map(np.asarray, kernels[2:])
+    assert not written[:, counts == 0].any()
+    assert not added[0].any() and not added[-2:].any()
 
 
 @pytest.mark.parametrize("outer", [320, 1408])

@@ -94,23 +94,26 @@ def test_a_pair_lowers_to_one_kernel_that_writes_where_it_is_kept():
 
 @pytest.mark.parametrize(("inner", "outer"), [(INNER, OUTER), (OUTER, INNER)])
 def test_weight_gradients_lower_in_both_orientations(inner, outer):
-    """Once for both weights of a pair."""
+    """Once for both weights of a pair that are added, and once for both that are written."""
 
-    def add(sums, x, dy, tile_expert):
+    def add_and_write(sums, x, dy, tile_expert):
+        written = []
         for which in range(2):
             sums = grouped_matmul_hopper.add_weight_gradient(
                 sums, jnp.int32(which * EXPERTS), x, dy[which], tile_expert, EXPERTS
             )
-        return sums
+            product = (x, dy[which], tile_expert, EXPERTS, jnp.dtype("bfloat16"))
+            written.append(grouped_matmul_hopper.weight_gradient(*product))
+        return sums, written
 
     found = lowered_kernels(
-        add,
+        add_and_write,
         sums=(jnp.float32, 2 * EXPERTS, inner, outer),
         x=(jnp.bfloat16, ROWS, inner),
         dy=(jnp.bfloat16, 2, ROWS, outer),
         tile_expert=(jnp.int32, ROWS // 128),
     )
-    assert found == 1
+    assert found == 2
 
 
 def loss_kernels(vocab_size: int, generation: str) -> int:
