@@ -1,14 +1,18 @@
-"""What our kernels for Hopper GPUs lose while another kernel holds some of the processors.
+"""What kernels on a Hopper GPU lose while another kernel holds some of the processors.
 
   python -m benchmarks.held_processors
+  python -m benchmarks.held_processors --config configs/slow_network.py
 
 NCCL's kernel holds a few for the length of a transfer. Here a kernel that only waits takes its
 place, on a stream of torch's, so that one GPU is enough. Times the products of an expert and the
 loss's softmax with their work dealt in 1 to 16 shares a processor (layers/hopper.py), alone and
-beside it. Needs torch (2.11 was there) beside what training needs.
+beside it. With `--config` it times its units instead, whose attention is cuDNN's and cuBLAS's, and
+the products of attention's output projection by XLA's choice and by our kernels, as of one expert.
+Needs torch (2.11 was there) beside what training needs.
 """
 
 import functools
+import math
 import time
 
 import jax
@@ -16,15 +20,20 @@ import jax.numpy as jnp
 import torch
 
 from benchmarks.grouped_matmul import Products
+from disag_jax.bench_units import UnitBench
+from disag_jax.config import Config
 from disag_jax.timing import time_calls
 from layers import hopper
+from layers.grouped_matmul import tile_rows
+from layers.grouped_matmul_hopper import rows_times_weights, weight_gradient
 from layers.softmax_hopper import nll_and_gradient
 
 NUM_ROWS = 65_536
 LOSS_ROWS, VOCAB_SIZE = 8_192, 32_000
 CALLS = 10
-# Longer than the calls of a repeat take.
+# Longer than the calls of a repeat take. Of units, a kernel that long for each so many of theirs.
 MILLISECONDS = 40
+HELD = (0, 2, 4)
 # Threads as NCCL's kernel has them, and shared memory that leaves none of ours room beside it.
 THREADS, SHARED_BYTES = 640, 40 * 1024
 WAIT = r"""
@@ -74,9 +83,9 @@ class Holder:
         self._is_holding = False
 
 
-def milliseconds(name: str, call, holder: Holder, held: int) -> float:
+def milliseconds(name: str, call, holder: Holder, held: int, **fields) -> float:
     """Time of a call beside so many held processors."""
-    prepare = functools.partial(holder.hold, held) if held else holder.wait
+    prepare = functools.partial(holder.hold, held, **fields) if held else holder.wait
     figure = time_calls(name, call, calls=CALLS, prepare=prepare)
     holder.wait()
     return figure.milliseconds
@@ -89,9 +98,9 @@ def softmax_call():
     return lambda: nll_and_gradient(logits, labels, weights, jnp.dtype("bfloat16"))
 
 
-def main():
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {NUM_ROWS:,} rows; ms")
-    holder = Holder(MILLISECONDS)
+def measure_shares(holder: Holder):
+    """Prints a line for each number of shares, with and without held processors."""
+    print(f"{NUM_ROWS:,} rows; ms")
     for shares in (1, 2, 4, 8, 16):
         # Kernels are made for so many when they are traced.
         hopper.SHARES = shares
@@ -99,12 +108,68 @@ def main():
         products = Products(NUM_ROWS, 0.0)
         calls = {name: products.calls[name][1] for name in Products.WHOLE}
         calls["softmax"] = softmax_call()
-        for held in (0, 2):
+        for held in HELD[:2]:
             took = {name: milliseconds(name, call, holder, held) for name, call in calls.items()}
             took["all of an expert"] = sum(took[name] for name in Products.WHOLE)
             line = ", ".join(f"{name}: {ms:.3f}" for name, ms in took.items())
             print(f"{shares} shares, {held} processors held: {line}", flush=True)
 
 
+def projection_calls(config: Config) -> dict:
+    """Calls of attention's largest product and of its gradients, by XLA and by our kernels."""
+    model, tokens = config.model, config.batch.tokens_per_worker
+    inner, outer = model.num_heads * model.head_dim, model.d_model
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (tokens, inner), (inner, outer), (tokens, outer)
+    x, w, dy = (jax.random.normal(*one, jnp.bfloat16) for one in zip(keys, shapes, strict=True))
+    one_expert, first = jnp.zeros(tokens // tile_rows(), jnp.int32), jnp.zeros(1, jnp.int32)
+    product = functools.partial(rows_times_weights, num_experts=1)
+    stack = w[None]
+    # As arguments: what a program closes over is a constant of it.
+    by_xla = {
+        "x w": functools.partial(jax.jit(jnp.matmul), x, w),
+        "dy w^T": functools.partial(jax.jit(lambda dy, w: dy @ w.T), dy, w),
+        "x^T dy": functools.partial(jax.jit(lambda x, dy: x.T @ dy), x, dy),
+    }
+    by_kernels = {
+        "x w": lambda: product((x,), stack, first, one_expert, transpose=False),
+        "dy w^T": lambda: product((dy,), stack, first, one_expert, transpose=True),
+        "x^T dy": lambda: weight_gradient(x, dy, one_expert, 1, x.dtype),
+    }
+    ways = {"XLA": by_xla, "our kernel": by_kernels}
+    return {f"{name}, {way}": call for way, calls in ways.items() for name, call in calls.items()}
+
+
+def measure_config(config: Config, holder: Holder):
+    """Prints a line for each unit and product: its time beside no, two and four processors held."""
+    calls = UnitBench.of(config.validate()).calls() | projection_calls(config)
+    for name, call in calls.items():
+        alone = milliseconds(name, call, holder, 0)
+        # For twice as long as the calls take alone.
+        kernels = math.ceil(2 * CALLS * alone / MILLISECONDS)
+        beside = [milliseconds(name, call, holder, held, kernels=kernels) for held in HELD[1:]]
+        found = ", ".join(f"{ms:.3f} ({ms / alone - 1:+.0%})" for ms in beside)
+        print(f"{name}: {alone:.3f} ms alone, beside {HELD[1:]} held {found}", flush=True)
+
+
+def main(config: Config | None):
+    """Times the config's units, or without one the products."""
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    holder = Holder(MILLISECONDS)
+    if config is None:
+        measure_shares(holder)
+    else:
+        measure_config(config, holder)
+
+
 if __name__ == "__main__":
-    main()
+    from disag_jax import cli
+    from mesh import runtime
+
+    _CONFIG = cli.define_config_flag()
+
+    def _run():
+        runtime.start(0)
+        main(_CONFIG.value)
+
+    cli.run(_run)

@@ -35,13 +35,17 @@ def table(title: str, figures: list[Figure]) -> rich.table.Table:
     """Figures with their floors."""
     columns = list(dict.fromkeys(name for figure in figures for name in figure.extra))
     made = rich.table.Table(title=title)
-    for name in ("", "ms", "noise", "floor, ms", "floor/time", *columns):
+    for name in ("", "ms", "noise", "under load, ms", "floor, ms", "floor/time", *columns):
         made.add_column(name, justify="right" if name else "left")
     for f in figures:
-        floor = "" if f.floor_milliseconds is None else f"{f.floor_milliseconds:.3f}"
+        loaded, floor = (
+            "" if ms is None else f"{ms:.3f}"
+            for ms in (f.loaded_milliseconds, f.floor_milliseconds)
+        )
         share = "" if f.share_of_floor is None else f"{f.share_of_floor:.0%}"
         extra = [str(f.extra.get(name, "")) for name in columns]
-        made.add_row(f.name, f"{f.milliseconds:.3f}", f"{f.noise:.1%}", floor, share, *extra)
+        row = (f.name, f"{f.milliseconds:.3f}", f"{f.noise:.1%}", loaded, floor, share)
+        made.add_row(*row, *extra)
     return made
 
 

@@ -79,12 +79,14 @@ class PhaseTimes:
     figures: dict[str, Figure]
 
 
-def measure(configs: list[Config], meshes: Meshes) -> tuple[list[PhaseTimes], dict[str, float]]:
+def measure(
+    configs: list[Config], meshes: Meshes, say=lambda what: None
+) -> tuple[list[PhaseTimes], dict[str, float]]:
     """(times of each config in the smallest bucket that holds its routing, what the first loses).
 
     The configs have one stage and two layers. What is lost, by unit, is the seconds that its phase
     takes longer for each second of the transfer that it hides. Programs are compiled side by side,
-    and run one at a time.
+    and run one at a time. `say` is told what is being done.
     """
     assert all(c.split.stages == 1 and c.model.num_layers == 2 for c in configs), configs
     benches = [_PhaseBench(config, meshes, buckets(config)[0]) for config in configs]
@@ -95,8 +97,10 @@ def measure(configs: list[Config], meshes: Meshes) -> tuple[list[PhaseTimes], di
         waiting = [pool.submit(bench.program, name) for bench, name in programs]
         for done in waiting + losses:
             done.result()
+    say(f"{len(waiting)} programs are compiled; phases alone")
     benches = [bench.that_fits() for bench in benches]
     times = [bench.measure() for bench in benches]
+    say("phases beside transfers")
     return times, benches[0].lost_beside_transfers(times[0])
 
 

@@ -3,6 +3,8 @@
 The work bound is what the slower role computes, and nothing else: the larger over the roles of
 K * v * (forward + backward) + its part of the losses, over 1 - idle share, from the units' times
 on one device of the same machine. Transfers, reductions, the optimizer and imbalance are not in it.
+A GPU that computes all the time is slower than one that is timed for a moment, by what its power
+allows: of GPUs there is a bound of units under load too.
 """
 
 import dataclasses
@@ -40,12 +42,18 @@ def measure(config: Config) -> list[Figure]:
     times, metrics = run_steps(stepper, alone, waits=lambda step: step >= as_in_training)
     whole, waiting = slice(WARM_UP, as_in_training), slice(as_in_training, alone)
     updates = [t - of_step["pipeline_seconds"] for t, of_step in zip(times, metrics, strict=True)]
-    bound = work_bound(config, stepper.schedule.idle_share, units)
+    idle_share = stepper.schedule.idle_share
+    bound, loaded = (
+        work_bound(config, idle_share, found) for found in (units, [under_load(u) for u in units])
+    )
     timed = without_compiling(times[whole], metrics[whole])
     step = figure_of("step", timed, floor_milliseconds=bound)
     rate = config.tokens_per_step / (step.milliseconds / 1e3)
     flops = flops_per_device(config, rate)
     speed = {"tokens/s": f"{rate:,.0f}", "rate": f"{flops / 1e12:.3g} TFLOP/s a device"}
+    if loaded != bound:
+        share = f"{loaded / step.milliseconds:.0%}"
+        speed["bound of units under load"] = f"{loaded:.1f} ms, {share}"
     peaks = peak_memory(stepper.meshes).items()
     memory = {f"peak of {worker}": f"{peak:.1f} GiB" for worker, peak in peaks}
     return [
@@ -54,6 +62,11 @@ def measure(config: Config) -> list[Figure]:
         dataclasses.replace(step, extra=speed | memory),
         figure_of("update alone", without_compiling(updates[waiting], metrics[waiting])),
     ]
+
+
+def under_load(unit: Figure) -> Figure:
+    """The unit with its time under load for its time, where there is one."""
+    return dataclasses.replace(unit, milliseconds=unit.loaded_milliseconds or unit.milliseconds)
 
 
 def run_steps(

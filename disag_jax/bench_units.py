@@ -2,7 +2,8 @@
 
 The floor of a unit is the larger of its model FLOPs over the rate of a large matrix product and its
 least memory traffic over the rate of a copy, both measured in the same run. Recomputed activations
-are no model FLOPs: a policy that recomputes cannot reach the floor of a backward unit.
+are no model FLOPs: a policy that recomputes cannot reach the floor of a backward unit. Of GPUs a
+unit is timed under load too: as fast as it is where it does not stop.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from disag_jax.geometry import Bucket, Geometry, buckets, make_geometry
 from disag_jax.model import EXPERTS, POST_NORM, init_attention_layer, init_experts
 from disag_jax.phases import Layouts
 from disag_jax.shared_loss import SharedLoss
-from disag_jax.timing import Figure, time_calls
+from disag_jax.timing import Figure, time_calls, time_under_load
 from disag_jax.units import AttentionUnit, ExpertUnit
 from layers import target
 from layers.head import HeadParams
@@ -63,20 +64,26 @@ def measure_rates(config: Config) -> tuple[Rates, list[Figure]]:
 
 
 def measure_units(config: Config, rates: Rates) -> list[Figure]:
-    """The units in the smallest transport bucket that holds what the routing needs."""
-    for bucket in buckets(config):
-        bench = _UnitBench(make_geometry(config, bucket), rates)
-        if bench.fits:
-            return bench.measure()
-    raise AssertionError("the last bucket holds everything")
+    """The units' times and floors."""
+    bench = UnitBench.of(config)
+    return [bench.time(name, call, rates) for name, call in bench.calls().items()]
 
 
-class _UnitBench:
+class UnitBench:
     """The units of attention worker 0 and expert worker 0 of one layer, fed as in a pipeline."""
 
-    def __init__(self, geometry: Geometry, rates: Rates):
+    @classmethod
+    def of(cls, config: Config) -> "UnitBench":
+        """Those in the smallest transport bucket that holds what the routing needs."""
+        for bucket in buckets(config):
+            bench = cls(make_geometry(config, bucket))
+            if bench.fits:
+                return bench
+        raise AssertionError("the last bucket holds everything")
+
+    def __init__(self, geometry: Geometry):
         g = self.g = geometry
-        self.rates, model = rates, g.config.model
+        model = g.config.model
         self.attention, self.expert = AttentionUnit(g), ExpertUnit(g)
         self.layouts = dataclasses.replace(Layouts.of(g), colocated=False)
         key, dtype = jax.random.key(0), g.compute_dtype
@@ -119,20 +126,23 @@ class _UnitBench:
         self.fits = g.bucket.holds(Bucket(int(stats.rows_needed), int(needed)))
         self.pairs = int(jnp.sum(self.expert_kept.order.pair >= 0))
 
-    def measure(self) -> list[Figure]:
-        return [
-            self._time("attention forward", self._attend),
-            self._time("attention backward", self._attention_backward()),
-            self._time("expert forward", lambda: self.expert_forward(*self._expert_inputs())),
-            self._time("expert backward", self._expert_backward()),
-            self._time("loss, share of a worker", loss_call(self.g)),
-        ]
+    def calls(self) -> dict:
+        """A call of each unit, by name."""
+        return {
+            "attention forward": self._attend,
+            "attention backward": self._attention_backward(),
+            "expert forward": lambda: self.expert_forward(*self._expert_inputs()),
+            "expert backward": self._expert_backward(),
+            "loss, share of a worker": loss_call(self.g),
+        }
 
-    def _time(self, name: str, call) -> Figure:
+    def time(self, name: str, call, rates: Rates) -> Figure:
+        """The time of a unit's call, and its floor."""
         flops, num_bytes = self._work(name)
-        figure = time_calls(name, call, floor_milliseconds=self.rates.floor(flops, num_bytes))
+        figure = time_calls(name, call, floor_milliseconds=rates.floor(flops, num_bytes))
         rate = f"{flops / figure.milliseconds / 1e9:.3g} TFLOP/s"
-        return dataclasses.replace(figure, extra={"rate": rate})
+        figure = dataclasses.replace(figure, extra={"rate": rate})
+        return time_under_load(figure, call) if target.is_gpu() else figure
 
     def _work(self, name: str) -> tuple[float, float]:
         """(model FLOPs, least bytes moved) of a unit."""

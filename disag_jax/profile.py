@@ -134,8 +134,8 @@ def measure_units(shape: Config, say) -> tuple[dict[str, list[dict]], dict[str, 
     shape: of one stage and two layers.
     """
     labels, shapes = zip(*variants(shape), strict=True)
-    say(f"phases, alone and beside transfers: {'; '.join(labels)}")
-    measured, lost = bench_phases.measure(shapes, make_meshes(shape))
+    say(f"programs of the variants: {'; '.join(labels)}")
+    measured, lost = bench_phases.measure(shapes, make_meshes(shape), say)
     points = {unit: [] for unit in UNITS}
     for label, variant, times in zip(labels, shapes, measured, strict=True):
         work = unit_work(Sizes(variant, times.bucket, 1.0), times.pairs)

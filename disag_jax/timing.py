@@ -1,6 +1,7 @@
 """Times of things that run on devices, with their noise."""
 
 import dataclasses
+import math
 import statistics
 import time
 
@@ -16,6 +17,10 @@ WARM_UP, REPEATS = 2, 5
 FEW, MANY, MOST = 2, 10, 160
 NOISE, LONGEST_CALL = 0.2, 500
 
+# A GPU at the limit of its power lowers its clock within a second. It is busy for so many seconds
+# before times under load are taken, each of so many seconds of calls.
+LOAD_SECONDS, LOADED_CALLS_SECONDS = 2.0, 0.25
+
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
@@ -26,6 +31,7 @@ class Figure:
       milliseconds: median of the repeats.
       noise: largest minus smallest repeat, over the median.
       floor_milliseconds: the least time that the device's measured rates allow; None if unknown.
+      loaded_milliseconds: median once the device had been busy for a while; None if not timed.
       extra: further facts for the table, by column.
     """
 
@@ -33,6 +39,7 @@ class Figure:
     milliseconds: float
     noise: float
     floor_milliseconds: float | None = None
+    loaded_milliseconds: float | None = None
     extra: dict = dataclasses.field(default_factory=dict)
 
     @property
@@ -61,6 +68,24 @@ def time_calls(
         wait(result)
         times.append((time.perf_counter() - began) / calls)
     return figure_of(name, times, **fields)
+
+
+def time_under_load(figure: Figure, call, *, wait=jax.block_until_ready) -> Figure:
+    """The figure of a call with its time at the clock at which a device can go on for ever."""
+    calls = max(1, math.ceil(1e3 * LOADED_CALLS_SECONDS / figure.milliseconds))
+
+    def seconds():
+        began = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        wait(result)
+        return (time.perf_counter() - began) / calls
+
+    until = time.perf_counter() + LOAD_SECONDS
+    while time.perf_counter() < until:
+        seconds()
+    loaded = figure_of(figure.name, [seconds() for _ in range(REPEATS)])
+    return dataclasses.replace(figure, loaded_milliseconds=loaded.milliseconds)
 
 
 def time_iterations(name: str, call) -> Figure:

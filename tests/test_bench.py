@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from disag_jax import bench, bench_step, bench_transfer, bench_units
+from disag_jax import bench, bench_step, bench_transfer, bench_units, timing
 from disag_jax.config import ConfigError, Dtype, PlacementKind, SplitConfig
 from disag_jax.timing import Figure, figure_of
 from tests import launching, support
@@ -172,7 +172,7 @@ def test_wrong_devices_are_refused_before_anything_is_measured(monkeypatch):
 def test_steps_that_compile_are_not_timed(monkeypatch):
     """Nor are the rates dropped that the floors come from."""
     config = support.small_config(SPLITS["disaggregated"], 2)
-    rates, units = [Figure("product", 1, 0)], [Figure("unit", 1, 0)]
+    rates, units = [Figure("product", 1, 0)], [Figure("unit", 1, 0, loaded_milliseconds=2)]
     fakes = {
         "Stepper": lambda config, meshes: types.SimpleNamespace(
             meshes=None, check_memory=lambda: None, schedule=types.SimpleNamespace(idle_share=0)
@@ -180,7 +180,7 @@ def test_steps_that_compile_are_not_timed(monkeypatch):
         "measure_rates": lambda config: (None, rates),
         "measure_units": lambda config, rates: units,
         "peak_memory": lambda meshes: {},
-        "work_bound": lambda *args: 1.0,
+        "work_bound": lambda config, idle_share, units: 1e3 * units[0].milliseconds,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(bench_step, name, fake)
@@ -200,17 +200,37 @@ def test_steps_that_compile_are_not_timed(monkeypatch):
     product, unit, step, update = measured({0, begin, end})
     assert (product, unit) == (*rates, *units)
     assert (step.milliseconds, step.noise) == (4000, 0)
+    assert step.share_of_floor == 0.25
+    assert step.extra["bound of units under load"] == "2000.0 ms, 50%"
     assert (update.milliseconds, update.noise) == (3000, 0)
     with pytest.raises(bench_step.NothingTimed, match=rf"each of the {end - begin} steps to be"):
         measured(range(begin, end))
 
 
 def test_small_rates_are_told(monkeypatch):
-    unit = object.__new__(bench_units._UnitBench)
-    unit.rates = bench_units.Rates(1e12, 1e12)
+    unit, rates = object.__new__(bench_units.UnitBench), bench_units.Rates(1e12, 1e12)
     monkeypatch.setattr(unit, "_work", lambda name: (1e6, 1.0), raising=False)
     monkeypatch.setattr(bench_units, "time_calls", lambda name, call, **_: Figure(name, 10.0, 0))
-    assert unit._time("attention forward", None).extra == {"rate": "0.0001 TFLOP/s"}
+    found = unit.time("attention forward", None, rates)
+    assert found.extra == {"rate": "0.0001 TFLOP/s"}
+    assert found.loaded_milliseconds is None  # a CPU
+
+
+def test_a_call_is_timed_under_load_when_the_clock_has_fallen(monkeypatch):
+    """Of a device that takes 10 ms at first and 13 once it has been busy for a second."""
+    now = [0.0]
+
+    def call():
+        now[0] += 0.010 if now[0] < 1 else 0.013
+
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    figure = timing.time_calls("x", call)
+    loaded = timing.time_under_load(figure, call)
+    assert (figure.milliseconds, loaded.milliseconds) == pytest.approx((10, 10))
+    assert loaded.loaded_milliseconds == pytest.approx(13)
+    assert now[0] == pytest.approx(timing.LOAD_SECONDS + 2, abs=0.5)
+    assert bench_step.under_load(loaded).milliseconds == pytest.approx(13)
+    assert bench_step.under_load(figure) == figure
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_a_link_that_no_line_fits_ends_a_profile_but_keeps_its_points(monkeypatc
         buckets(config)[0], 8, {unit: timing.Figure(unit, 1.0, 0.0) for unit in hardware.UNITS}
     )
     monkeypatch.setattr(profile, "measure_rates", lambda _: (Rates(1e12, 1e12), []))
-    monkeypatch.setattr(bench_phases, "measure", lambda configs, _: ([times] * len(configs), {}))
+    monkeypatch.setattr(bench_phases, "measure", lambda configs, *_: ([times] * len(configs), {}))
     kinds = ("many_to_many", "all_to_all", "all_reduce")
     monkeypatch.setattr(profile, "measure_transfers", lambda _: dict.fromkeys(kinds, faster))
     update = [{"parameters": 1e6, "milliseconds": 1}]
