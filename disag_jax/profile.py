@@ -7,8 +7,8 @@
 The pipeline's phases and the loss are timed in some variants of the config's shape, transfers and
 sums over sizes, and the optimizer; each is fitted to the work in it (disag_jax/planner/fits.py).
 The devices, an even number of them, are half attention and half expert workers. With `--units` only
-transfers are measured, and all else is taken from a profile of the same devices: it does not depend
-on the network, but for what units lose beside transfers.
+transfers are measured and what units lose beside them, and all else is taken from a profile of the
+same devices: it does not depend on the network.
 """
 
 import copy
@@ -50,18 +50,20 @@ def profile(
     """Measures, and writes to `out` the hardware, and beside it the points it is fitted to.
 
     network: as `mesh.runtime.start` was given.
-    units: hardware that all but the transfers is taken from; None measures that too.
+    units: hardware that all is taken from which does not depend on the network; None measures it.
 
     RunError if no line goes through the points, which are then written alone. `say` is told what is
     being measured.
     """
     shape = _one_stage(config)
     known = _devices_as_in(units, config) if units else None
-    points, rates, lost = {}, None, {}
-    if not known:
+    points, rates = {}, None
+    if known:
+        _, lost = measure_units([("as configured", shape)], say)
+    else:
         say("rates of a product and of a copy")
         rates, _ = measure_rates(config)
-        points, lost = measure_units(shape, say)
+        points, lost = measure_units(variants(shape), say)
     say("transfers")
     points |= measure_transfers(shape)
     processes.on_each(lambda: check_network(network))
@@ -75,20 +77,19 @@ def profile(
         comment=(
             f"{facts.devices()}, jax {jax.__version__}, "
             f"{time.strftime('%Y-%m-%d')}, around {config.name}. "
-            + (f"All but transfers: {units}." if known else ASSUMED)
+            + (f"All but transfers, and what is lost beside them: {units}." if known else ASSUMED)
         ),
         devices_per_node=len(jax.devices()),
         nics_per_node=len(jax.devices()),
         intra_node=fit_link(points),
         inter_node=None,
         network=network,
+        lost_beside_transfers=lost,
     )
     if known:
-        # What its units lose beside transfers is of another network, and nearer than nothing.
         hardware = dataclasses.replace(known, **here)
     else:
-        devices = _fitted_devices(config, points, rates)
-        hardware = Hardware(**here, **devices, lost_beside_transfers=lost)
+        hardware = Hardware(**here, **_fitted_devices(config, points, rates))
     processes.on_first(lambda: write_out(pathlib.Path(out), dataclasses.asdict(hardware)))
     return hardware
 
@@ -128,14 +129,16 @@ def _devices_as_in(name: str, config: Config) -> Hardware:
     return known
 
 
-def measure_units(shape: Config, say) -> tuple[dict[str, list[dict]], dict[str, float]]:
-    """(points of each unit, in variants of the shape; what units lose beside transfers).
+def measure_units(
+    shapes: list[tuple[str, Config]], say
+) -> tuple[dict[str, list[dict]], dict[str, float]]:
+    """(points of each unit in the shapes; what units of the first lose beside transfers).
 
-    shape: of one stage and two layers.
+    shapes: (label, config of one stage and two layers) of each.
     """
-    labels, shapes = zip(*variants(shape), strict=True)
+    labels, shapes = zip(*shapes, strict=True)
     say(f"programs of the variants: {'; '.join(labels)}")
-    measured, lost = bench_phases.measure(shapes, make_meshes(shape), say)
+    measured, lost = bench_phases.measure(shapes, make_meshes(shapes[0]), say)
     points = {unit: [] for unit in UNITS}
     for label, variant, times in zip(labels, shapes, measured, strict=True):
         work = unit_work(Sizes(variant, times.bucket, 1.0), times.pairs)
@@ -309,7 +312,9 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "JSON file to write, for --hardware of disag_jax.plan")
     _CPU_DEVICES = cli.define_cpu_devices_flag()
     _NETWORK = flags.DEFINE_enum("network", "default", list(runtime.NETWORKS), runtime.NETWORK_HELP)
-    _UNITS = flags.DEFINE_string("units", None, "measure transfers only; take the rest from this")
+    _UNITS = flags.DEFINE_string(
+        "units", None, "measure what depends on the network only; take the rest from this"
+    )
     _PROCESSES = cli.define_process_flags()
     flags.mark_flags_as_required(["config", "out"])
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from benchmarks import cases, sweep
-from configs import balanced
+from configs import balanced, slow_network
 from disag_jax.compare import twin_of
 from disag_jax.config import Recompute
 from disag_jax.planner import costs, hardware, search
@@ -139,3 +139,28 @@ def test_cells_of_the_sweep_are_predicted():
             far.append((*cell, r["way"]))
     # As the document says of it.
     assert far == [(4096, 704, 2, "chunked")]
+
+
+@pytest.mark.parametrize(("heads", "micro_batches"), [(160, 32), (176, 64)])
+def test_cells_of_a_slow_network_are_predicted(heads, micro_batches):
+    results = ROOT / "benchmarks" / "results"
+    profile = hardware.load(str(results / "slow_processes.json"))
+    profiles = profile, dataclasses.replace(profile, lost_beside_transfers={})
+    config = slow_network.get_config()
+    config.model.num_heads, config.batch.micro_batches = heads, micro_batches
+    cells = [
+        {c.way: c for c in sweep.sweep_cases(config.validate(), one, 2, [8192], [8192], [8])[0]}
+        for one in profiles
+    ]
+    measured = json.loads((results / f"sweep_slow_network_{heads}_heads.json").read_text())
+    for r in measured:
+        predicted = " | ".join(
+            f"{of_one[r['way']].predicted_seconds:.3f} s "
+            f"({of_one[r['way']].predicted_seconds / r['seconds'] - 1:+.1%})"
+            for of_one in cells
+        )
+        row = f"| {heads}, {micro_batches} | {r['way']} | {r['seconds']:.3f} s | {predicted} |"
+        assert row in section("Against measurement")
+        assert cells[1][r["way"]].predicted_seconds == pytest.approx(r["seconds"], rel=0.08)
+    assert min(measured, key=lambda r: r["seconds"])["way"] == sweep.AF_PIPE
+    assert all(min(c, key=lambda way: c[way].predicted_seconds) == sweep.AF_PIPE for c in cells)
