@@ -44,6 +44,15 @@ def test_under_nohup_a_hangup_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.fixture
+def heard_interrupts():
+    """Shells have what they run in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_interrupts")
 @pytest.mark.timeout(30)
 def test_an_interrupt_lets_the_commands_end_by_themselves(tmp_path):
     # From a terminal it reaches them, too.
