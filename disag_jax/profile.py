@@ -118,13 +118,18 @@ def _fitted_devices(config: Config, points: dict, rates: Rates) -> dict:
 
 
 def _devices_as_in(name: str, config: Config) -> Hardware:
-    """Hardware to take units from; ConfigError if it is of other devices than those here."""
+    """Hardware to take units from; ConfigError if not measured, or on devices of other kinds."""
     known, kind = load(name), jax.devices()[0].device_kind
     here = peak_flops(config, kind)
     if here and here / 1e12 != known.peak_tflops:
         raise ConfigError(
             f"--units = {name!r}: peak_tflops = {known.peak_tflops:g} must be {here / 1e12:g}, "
             f"that of {kind}"
+        )
+    if known.source != MEASURED:
+        raise ConfigError(
+            f"--units = {name!r}: source = {known.source!r} must be {MEASURED!r}: the units of a "
+            "profile are taken"
         )
     return known
 

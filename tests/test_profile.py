@@ -148,6 +148,11 @@ def test_units_of_other_devices_are_not_taken():
     config.run.peak_tflops_per_device = 100
     with pytest.raises(ConfigError, match="--units = 'h100': peak_tflops = 989 must be 100, that"):
         profile.profile(config, "x.json", "default", "h100")
+    config.run.peak_tflops_per_device = None
+    with pytest.raises(
+        ConfigError, match="--units = 'h100': source = 'datasheet' must be 'measure"
+    ):
+        profile.profile(config, "x.json", "default", "h100")
 
 
 def test_a_link_that_no_line_fits_ends_a_profile_but_keeps_its_points(monkeypatch, tmp_path):
