@@ -58,6 +58,12 @@ def _unit(role: Role, direction: str) -> str:
     return f"{role.label}_{direction}"
 
 
+def _overlaps(program) -> bool:
+    """Whether the transfer is under way while the phase runs, by the compiled program."""
+    found = transfers(program.as_text())
+    return bool(found) and all(transfer.conditionals for transfer in found)
+
+
 # Names of the programs.
 START = "start"
 ALONE = (START, *DIRECTIONS)
@@ -80,7 +86,7 @@ class PhaseTimes:
 
 
 def measure(
-    configs: list[Config], meshes: Meshes, say=lambda what: None
+    configs: list[Config], meshes: Meshes, say
 ) -> tuple[list[PhaseTimes], dict[str, float]]:
     """(times of each config in the smallest bucket that holds its routing, what the first loses).
 
@@ -152,40 +158,40 @@ class _PhaseBench:
         where no part is short enough.
         """
         before = {name: figure.milliseconds for name, figure in alone.figures.items()}
-        parts = {direction: self._parts(direction, before) for direction in DIRECTIONS}
+        parts = {direction: self._part(direction, before) for direction in DIRECTIONS}
         if None in parts.values():
             return {}
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            list(pool.map(lambda one: self.program(_beside(one), parts[one]), DIRECTIONS))
-        if not all(self._overlaps(*one) for one in parts.items()):
+            beside = [
+                pool.submit(self.program, _beside(direction), count)
+                for direction, (count, _) in parts.items()
+            ]
+            programs = [program.result() for program in beside]
+        if not all(map(_overlaps, programs)):
             return {}
         found = {}
-        for direction in DIRECTIONS:
-            transfer = self._transfer_time(direction, parts[direction])
-            beside = self._role_times(direction, self.program(_beside(direction), parts[direction]))
-            for name, figure in beside.items():
+        for (direction, (_, transfer)), program in zip(parts.items(), programs, strict=True):
+            for name, figure in self._role_times(direction, program).items():
                 found[name] = max(0.0, figure.milliseconds - before[name]) / transfer
         return found
 
-    def _parts(self, direction: str, before: dict[str, float]) -> int | None:
-        """In how many parts a transfer is short enough beside the phases of a direction."""
+    def _part(self, direction: str, before: dict[str, float]) -> tuple[int, float] | None:
+        """(how many parts a transfer is cut in, milliseconds of one) beside a direction's phases.
+
+        None if no part of at most so many is short enough.
+        """
         longest = HIDDEN_SHARE * min(before[_unit(role, direction)] for role in Role)
         parts = 1
         while (milliseconds := self._transfer_time(direction, parts)) > longest:
             parts *= 2 ** math.ceil(math.log2(milliseconds / longest))
             if parts > MOST_PARTS:
                 return None
-        return parts
+        return parts, milliseconds
 
     def _transfer_time(self, direction: str, parts: int) -> float:
         """Milliseconds of such a part of the transfer that a phase of a direction hides."""
         program = self.program(_transfer(direction), parts)
         return self.time(direction, program, Role.ATTENTION).milliseconds
-
-    def _overlaps(self, direction: str, parts: int) -> bool:
-        """Whether the transfer is under way while the phase runs, by the compiled program."""
-        found = transfers(self.program(_beside(direction), parts).as_text())
-        return bool(found) and all(transfer.conditionals for transfer in found)
 
     def phase_times(self) -> dict[str, Figure]:
         """Times by unit, without transfers."""

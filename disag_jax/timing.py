@@ -62,30 +62,27 @@ def time_calls(
     times = []
     for _ in range(REPEATS):
         prepare()
-        began = time.perf_counter()
-        for _ in range(calls):
-            result = call()
-        wait(result)
-        times.append((time.perf_counter() - began) / calls)
+        times.append(_seconds_each(call, calls, wait))
     return figure_of(name, times, **fields)
 
 
-def time_under_load(figure: Figure, call, *, wait=jax.block_until_ready) -> Figure:
+def time_under_load(figure: Figure, call) -> Figure:
     """The figure of a call with its time at the clock at which a device can go on for ever."""
     calls = max(1, math.ceil(1e3 * LOADED_CALLS_SECONDS / figure.milliseconds))
-
-    def seconds():
-        began = time.perf_counter()
-        for _ in range(calls):
-            result = call()
-        wait(result)
-        return (time.perf_counter() - began) / calls
-
     until = time.perf_counter() + LOAD_SECONDS
     while time.perf_counter() < until:
-        seconds()
-    loaded = figure_of(figure.name, [seconds() for _ in range(REPEATS)])
+        _seconds_each(call, calls)
+    loaded = figure_of(figure.name, [_seconds_each(call, calls) for _ in range(REPEATS)])
     return dataclasses.replace(figure, loaded_milliseconds=loaded.milliseconds)
+
+
+def _seconds_each(call, calls: int, wait=jax.block_until_ready) -> float:
+    """Seconds of one of several calls queued in a row."""
+    began = time.perf_counter()
+    for _ in range(calls):
+        result = call()
+    wait(result)
+    return (time.perf_counter() - began) / calls
 
 
 def time_iterations(name: str, call) -> Figure:

@@ -229,7 +229,9 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: 
     for all of them.
     """
     assert sums_NAB.shape[1:] == (x_PA.shape[1], dy_PB.shape[1]), (x_PA.shape, sums_NAB.shape)
-    kernel, operands, blocks = _weight_gradient(first, x_PA, dy_PB, tile_expert, num_experts, True)
+    kernel, operands, blocks = _weight_gradient(
+        first, x_PA, dy_PB, tile_expert, num_experts, adds=True
+    )
     return hopper.call(kernel, operands, blocks=blocks, in_place=sums_NAB)
 
 
@@ -237,11 +239,13 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: 
 def weight_gradient(x_PA, dy_PB, tile_expert, num_experts: int, dtype):
     """The sum of x^T dy over each expert's tiles as a new array: [E, A, B] of `dtype`."""
     out = jax.ShapeDtypeStruct((num_experts, x_PA.shape[1], dy_PB.shape[1]), dtype)
-    kernel, operands, blocks = _weight_gradient(0, x_PA, dy_PB, tile_expert, num_experts, False)
+    kernel, operands, blocks = _weight_gradient(
+        0, x_PA, dy_PB, tile_expert, num_experts, adds=False
+    )
     return hopper.call(kernel, operands, out, blocks=blocks)
 
 
-def _weight_gradient(first, x_PA, dy_PB, tile_expert, num_experts: int, adds: bool):
+def _weight_gradient(first, x_PA, dy_PB, tile_expert, num_experts: int, *, adds: bool):
     """(kernel, its operands, its blocks) that adds to the matrices of its last argument.
 
     Without `adds` it overwrites them, with zeros for an expert without rows.
