@@ -177,11 +177,12 @@ class Loop:
     def _loss(self, inbox_f, outbox_b, row, carry: Carry):
         """Adds the loss that is due, of the last hidden states in `inbox_f`."""
         _, _, loss = row
-        # Transfers end before the loss, whose own permutes would otherwise make XLA's scheduler
-        # begin them only after it, under nothing.
-        in_flight = (carry.inbox_f, carry.inbox_b)
-        outbox_b, in_flight = lax.optimization_barrier((outbox_b, in_flight))
-        carry = carry._replace(inbox_f=in_flight[0], inbox_b=in_flight[1])
+        if self.phases.shared_loss.helpers:
+            # Transfers end before the loss, whose own permutes would otherwise make XLA's scheduler
+            # begin them only after it, under nothing. One without permutes hides them.
+            in_flight = (carry.inbox_f, carry.inbox_b)
+            outbox_b, in_flight = lax.optimization_barrier((outbox_b, in_flight))
+            carry = carry._replace(inbox_f=in_flight[0], inbox_b=in_flight[1])
         outbox_b, grads, stats = self.phases.loss_backward(
             inbox_f, loss, outbox_b, carry.grads, carry.stats
         )

@@ -30,6 +30,8 @@ pytestmark = [
 SPLITS = {
     "1 + 1": PAIR,
     "1 + 1, hop 2": dataclasses.replace(PAIR, hop=2),
+    "1 + 1, the loss not shared": dataclasses.replace(PAIR, loss_share=1.0),
+    "1 + 1, hop 2, the loss not shared": dataclasses.replace(PAIR, hop=2, loss_share=1.0),
     "2 + 2": dataclasses.replace(PAIR, attention_workers=2, expert_workers=2),
     "3 + 1, hop 2": dataclasses.replace(PAIR, attention_workers=3, hop=2),
     "1 + 3": dataclasses.replace(PAIR, expert_workers=3),
@@ -82,6 +84,10 @@ def test_loop_updates_in_place_and_hides_its_transfers(split):
         # In each loop, forward and backward, one permute for each round.
         loops = collections.Counter(transfer.computation for transfer in steady)
         assert set(loops.values()) == {2 * stepper.meshes.placement.rounds}
+    if split.loss_share == 1.0:
+        # A loss without permutes is one more conditional that hides transfers.
+        counts = {transfer.conditionals for transfer in steady}
+        assert max(counts) == {1: 3, 2: 5}[split.hop]
 
 
 def test_a_blocking_twin_hides_nothing():

@@ -61,11 +61,11 @@ def test_table_is_the_schedules(size):
     assert simulator.stash_slots(*size) == schedule.stash_slots
 
 
-def after_loss(now: dict, timing: Timing, class_of) -> dict:
-    """The workers' clocks after a loss."""
+def after_loss(computed: dict, now: dict, timing: Timing, class_of) -> dict:
+    """The workers' clocks after a loss; computed: before it, without transfers."""
     parts = {worker: timing.loss[class_of(worker)] for worker in now}
     if timing.loss_owner is None:
-        return {worker: now[worker] + parts[worker] for worker in now}
+        return {worker: max(now[worker], computed[worker] + parts[worker]) for worker in now}
     owners = [worker for worker in now if class_of(worker) == timing.loss_owner]
     ends = []
     for worker in now:
@@ -128,7 +128,7 @@ def event_loop(schedule, timing: Timing, placement: Placement, backward_hop=None
             if in_turns:
                 arrived = transfer(now, timing.backward_transfer)
                 ended = {w: arrived[w] + forward[w] + backward[w] for w in workers}
-                now = transfer(ended, timing.forward_transfer)
+                computed, now = ended, transfer(ended, timing.forward_transfer)
             elif backward_hop == 2:
                 arrived = now
                 if segment.has_backward:
@@ -138,7 +138,8 @@ def event_loop(schedule, timing: Timing, placement: Placement, backward_hop=None
                 if segment.has_forward:
                     sent = transfer(made, timing.forward_transfer)
                 # Nothing of this period needs what is under way in it.
-                now = {w: max(now[w] + forward[w] + backward[w], sent[w]) for w in workers}
+                computed = {w: now[w] + forward[w] + backward[w] for w in workers}
+                now = {w: max(computed[w], sent[w]) for w in workers}
             elif schedule.hop == 1:
                 arrived = now
                 if segment.has_backward:
@@ -147,14 +148,16 @@ def event_loop(schedule, timing: Timing, placement: Placement, backward_hop=None
                 sent = begun
                 if segment.has_forward:
                     sent = transfer(begun, timing.forward_transfer)
-                now = {w: max(begun[w] + backward[w], sent[w]) for w in workers}
+                computed = {w: begun[w] + backward[w] for w in workers}
+                now = {w: max(computed[w], sent[w]) for w in workers}
             else:
                 sent = transfer(now, timing.forward_transfer)
                 if segment.has_backward:
                     sent = transfer(sent, timing.backward_transfer)
-                now = {w: max(now[w] + forward[w] + backward[w], sent[w]) for w in workers}
+                computed = {w: now[w] + forward[w] + backward[w] for w in workers}
+                now = {w: max(computed[w], sent[w]) for w in workers}
             if schedule.loss[t] != IDLE:
-                now = after_loss(now, timing, class_of)
+                now = after_loss(computed, now, timing, class_of)
     return max(now.values())
 
 

@@ -12,10 +12,15 @@ def lower_bound(
     """Seconds that no run can undercut, without running: the most of any class of workers.
 
     A class's phases follow each other, and so do its transfers, which hide under at most the other
-    phase (hop 1) or the period (hop 2).
+    phase (hop 1) or the period (hop 2), and under a loss that nobody helps with.
     """
     segments = segments_of(num_layers, stages, micro_batches, hop, colocated)
     num_classes = len(timing.forward)
+    loss = timing.loss
+    if timing.loss_owner is not None:
+        loss = loss + timing.loss_transfer
+    elif hop == 1:
+        loss = np.maximum(loss - timing.forward_transfer, 0)
     layers = [len(range(stage, num_layers, stages)) for stage in range(stages)]
     units = micro_batches * np.repeat(layers, num_classes // stages)
     if hop == 1:
@@ -26,9 +31,10 @@ def lower_bound(
         periods = segments[-1].end
         backwards = sum(s.num_periods for s in segments if s.has_backward)
         moves = periods * timing.forward_transfer + backwards * timing.backward_transfer
+        if timing.loss_owner is None:
+            work, loss = work + micro_batches * loss, 0.0
         seconds = np.maximum(work, moves)
-    transfer = 0.0 if timing.loss_owner is None else timing.loss_transfer
-    return float((seconds + micro_batches * (timing.loss + transfer)).max())
+    return float((seconds + micro_batches * loss).max())
 
 
 def _hides_transfers(timing: Timing, segment: Segment) -> bool:

@@ -104,7 +104,7 @@ class Run:
     Attributes:
       begin: start of the period.
       forward_end, backward_begin, backward_end: of the phases.
-      loss_begin: where a loss is due, its start; else the end of the period.
+      loss_begin, loss_end: where a loss is due, its start and end; else the end of the period.
       end: end of the period, transfers and loss included.
       repeats: (first, one past last period of a wave in the steady state, how many further waves
         like it there are that the clocks leave out); none left out is (0, 0, 0).
@@ -115,6 +115,7 @@ class Run:
     backward_begin: np.ndarray
     backward_end: np.ndarray
     loss_begin: np.ndarray
+    loss_end: np.ndarray
     end: np.ndarray
     repeats: tuple[int, int, int]
 
@@ -240,8 +241,8 @@ def _kept_micro_batches(stages, micro_batches, hop, colocated) -> int:
 def execute(table: Table, timing: Timing) -> Run:
     """Runs every period of a table."""
     num_periods, num_classes = table.forward.shape
-    clocks = np.empty((6, num_periods, num_classes))
-    begin, forward_end, backward_begin, backward_end, loss_begin, end = clocks
+    clocks = np.empty((7, num_periods, num_classes))
+    begin, forward_end, backward_begin, backward_end, loss_begin, loss_end, end = clocks
     now = np.zeros(num_classes)
     ring = _Ring(num_classes, timing.rounds)
     for segment in table.segments:
@@ -257,21 +258,25 @@ def execute(table: Table, timing: Timing) -> Run:
             forward_end[t], backward_begin[t], backward_end[t], now = period(
                 now, f, b, seconds, ring
             )
-            loss_begin[t] = now
+            loss_begin[t] = loss_end[t] = now
             if table.loss[t]:
-                loss_begin[t], now = _loss(now, timing)
-            end[t] = now
+                loss_begin[t], loss_end[t] = _loss(backward_end[t], now, timing)
+            end[t] = now = np.maximum(now, loss_end[t])
     return Run(*clocks, repeats=(0, 0, 0))
 
 
-def _loss(now: np.ndarray, timing: Timing) -> tuple[np.ndarray, np.ndarray]:
+def _loss(
+    backward_end: np.ndarray, now: np.ndarray, timing: Timing
+) -> tuple[np.ndarray, np.ndarray]:
     """(start, end) of a loss in each class.
 
-    The owner begins at once, others when they have its tokens. It goes on with their gradients; so
+    now: end of the backward phase and of the transfers under it. Without helpers a loss is one
+    more unit behind the backward phase, under the transfers. With helpers it waits for these; then
+    the owner begins at once, others when they have its tokens. It goes on with their gradients; so
     do they, because the next transfer needs it.
     """
     if timing.loss_owner is None:
-        return now, now + timing.loss
+        return backward_end, backward_end + timing.loss
     begin = np.maximum(now, now[timing.loss_owner] + timing.loss_transfer)
     begin[timing.loss_owner] = now[timing.loss_owner]
     end = (begin + timing.loss).max() + timing.loss_transfer

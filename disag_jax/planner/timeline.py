@@ -96,7 +96,15 @@ def predicted(prediction: Prediction) -> list[Span]:
     return found
 
 
-_CLOCKS = ("begin", "forward_end", "backward_begin", "backward_end", "loss_begin", "end")
+_CLOCKS = (
+    "begin",
+    "forward_end",
+    "backward_begin",
+    "backward_end",
+    "loss_begin",
+    "loss_end",
+    "end",
+)
 
 
 def _add_loop(add, schedule: Schedule, clocks, stage: int, role: int):
@@ -112,7 +120,8 @@ def _add_loop(add, schedule: Schedule, clocks, stage: int, role: int):
             add("wait", WAIT, end[period], then[period])
         if schedule.loss[period] != IDLE:
             name = loss_name(schedule, period)
-            add("loss", name, clocks.loss_begin[period], clocks.end[period])
+            add("loss", name, clocks.loss_begin[period], clocks.loss_end[period])
+            add("wait", WAIT, clocks.loss_end[period], clocks.end[period])
 
 
 def loss_name(schedule: Schedule, period: int) -> str | None:
