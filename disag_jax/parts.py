@@ -28,6 +28,9 @@ from mesh import runtime
 CONTROL = "nvidia-cuda-mps-control"
 # Of the GPU's memory; the rest is for what each process has outside of JAX's.
 MEMORY_SHARE = 0.88
+# MPS has 120 hardware queues for all its clients; one that asks for more than are left is told that
+# memory is lacking.
+QUEUES = 96
 START_SECONDS = 30
 # Clients that are still there have so long to end, and the daemon to answer anything.
 QUIT_SECONDS, ANSWER_SECONDS = 10, 30
@@ -113,6 +116,7 @@ def environment(part: int, of: int, gpu: str) -> dict[str, str]:
     return runtime.SOCKETS | {
         runtime.VISIBLE_GPUS: gpu,
         runtime.MPS_PERCENT: f"{100 / of:g}",
+        runtime.QUEUES: f"{min(int(runtime.GPU_ENVIRONMENT[runtime.QUEUES]), QUEUES // of)}",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE / of:.3f}",
         # NCCL takes no GPU twice on one host.
         "NCCL_HOSTID": f"part-{part}",

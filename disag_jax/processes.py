@@ -6,6 +6,7 @@ import os
 import pathlib
 import secrets
 import socket
+import sys
 import time
 import zlib
 
@@ -15,7 +16,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from disag_jax.config import Config
-from disag_jax.errors import ConfigError, RunError
+from disag_jax.errors import RUN_ERROR, ConfigError, RunError
 from disag_jax.last_words import LastWords
 from disag_jax.workdir import Workdir, named_fields
 from mesh import runtime
@@ -79,6 +80,7 @@ def join(
             # Ours comes first: it names the process (disag_jax/watchdog.py).
             heartbeat_timeout_seconds=3 * config.run.heartbeat_timeout_seconds + 30,
         )
+    _start_devices()
 
 
 def is_first() -> bool:
@@ -315,6 +317,20 @@ def _told(sentence: str):
         raise ConfigError(f"{sentence}: {str(error).splitlines()[0]}") from error
     finally:
         last_words.close()
+
+
+def _start_devices():
+    """Starts the devices of this process; where that fails it says so and ends at once.
+
+    An exception would have it wait at its exit for the others, which wait for its devices.
+    """
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        process = distributed.global_state.process_id
+        sentence = f"the devices of process {process}, or of another one, do not start"
+        print(f"error: {sentence}: {describe(error)}", file=sys.stderr, flush=True)
+        os._exit(RUN_ERROR)
 
 
 def _only_device() -> list[int] | None:

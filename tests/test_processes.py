@@ -268,6 +268,27 @@ def test_two_processes_with_one_id_are_refused(config_file, tmp_path):
 
 
 @pytest.mark.timeout(60)
+def test_a_process_without_its_devices_ends_at_once(config_file, tmp_path):
+    """The other one, which waits for those devices, does not keep it."""
+    port = free_port()
+    joined = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    other, without = (
+        start(
+            config_file, tmp_path / "run", devices, *joined, f"--process_id={process}",
+            environment=environment,
+        )
+        for process, devices, environment in ((0, 1, {}), (1, 0, {"JAX_PLATFORMS": "none"}))
+    )  # fmt: skip
+    try:
+        ((_, error, code),) = finish([without])
+    finally:
+        other.kill()
+        other.communicate()
+    assert code == 1
+    assert "error: the devices of process 1, or of another one, do not start: " in error
+
+
+@pytest.mark.timeout(60)
 def test_processes_need_a_coordinator(config_file, tmp_path):
     ((_, error, code),) = finish([start(config_file, tmp_path / "run", 4, "--num_processes=2")])
     assert code == 2 and "--num_processes = 2 must come with --coordinator" in error, error
