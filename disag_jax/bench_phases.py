@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,9 @@ from mesh.roles import Role
 # A transfer of at most this share of a phase hides under it for certain. Of a longer one a part is
 # sent instead, cut in at most so many.
 HIDDEN_SHARE, MOST_PARTS = 0.5, 256
+
+# So often a phase is timed alone and beside a transfer, in turns.
+TURNS = 3
 
 COMPILED_AT_ONCE = 16
 
@@ -154,26 +158,37 @@ class _PhaseBench:
     def lost_beside_transfers(self, alone: PhaseTimes) -> dict[str, float]:
         """Of the units beside such a part of their transfer as they hide for certain.
 
-        Of a longer one what was timed would be the transfer. None where XLA runs both in turn, or
-        where no part is short enough.
+        Of a longer one what was timed would be the transfer. A direction is left out where XLA runs
+        both in turn, or where no part is short enough.
         """
         before = {name: figure.milliseconds for name, figure in alone.figures.items()}
         parts = {direction: self._part(direction, before) for direction in DIRECTIONS}
-        if None in parts.values():
-            return {}
+        parts = {direction: part for direction, part in parts.items() if part}
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            beside = [
-                pool.submit(self.program, _beside(direction), count)
+            beside = {
+                direction: pool.submit(self.program, _beside(direction), count)
                 for direction, (count, _) in parts.items()
-            ]
-            programs = [program.result() for program in beside]
-        if not all(map(_overlaps, programs)):
-            return {}
-        found = {}
-        for (direction, (_, transfer)), program in zip(parts.items(), programs, strict=True):
-            for name, figure in self._role_times(direction, program).items():
-                found[name] = max(0.0, figure.milliseconds - before[name]) / transfer
-        return found
+            }
+            programs = {direction: program.result() for direction, program in beside.items()}
+        return {
+            _unit(role, direction): self._lost(role, direction, program) / parts[direction][1]
+            for direction, program in programs.items()
+            if _overlaps(program)
+            for role in Role
+        }
+
+    def _lost(self, role: Role, direction: str, program) -> float:
+        """Milliseconds that a role's unit takes longer in a program than alone, timed in turns.
+
+        0 where it was not longer each time: then it is noise.
+        """
+        name, alone = _unit(role, direction), self.program(direction)
+        turns = [
+            [self.time(name, one, role).milliseconds for one in (alone, program)]
+            for _ in range(TURNS)
+        ]
+        longer = [beside - before for before, beside in turns]
+        return statistics.median(longer) if min(longer) > 0 else 0.0
 
     def _part(self, direction: str, before: dict[str, float]) -> tuple[int, float] | None:
         """(how many parts a transfer is cut in, milliseconds of one) beside a direction's phases.

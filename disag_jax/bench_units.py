@@ -66,7 +66,12 @@ def measure_rates(config: Config) -> tuple[Rates, list[Figure]]:
 def measure_units(config: Config, rates: Rates) -> list[Figure]:
     """The units' times and floors."""
     bench = UnitBench.of(config)
-    return [bench.time(name, call, rates) for name, call in bench.calls().items()]
+    calls = bench.calls()
+    figures = [bench.time(name, call, rates) for name, call in calls.items()]
+    if not target.is_gpu():
+        return figures
+    # After all of them: a GPU that was under load has a lower clock for a while.
+    return [time_under_load(figure, calls[figure.name]) for figure in figures]
 
 
 class UnitBench:
@@ -141,8 +146,7 @@ class UnitBench:
         flops, num_bytes = self._work(name)
         figure = time_calls(name, call, floor_milliseconds=rates.floor(flops, num_bytes))
         rate = f"{flops / figure.milliseconds / 1e9:.3g} TFLOP/s"
-        figure = dataclasses.replace(figure, extra={"rate": rate})
-        return time_under_load(figure, call) if target.is_gpu() else figure
+        return dataclasses.replace(figure, extra={"rate": rate})
 
     def _work(self, name: str) -> tuple[float, float]:
         """(model FLOPs, least bytes moved) of a unit."""

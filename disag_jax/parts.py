@@ -30,7 +30,7 @@ CONTROL = "nvidia-cuda-mps-control"
 MEMORY_SHARE = 0.88
 # MPS has 120 hardware queues for all its clients; one that asks for more than are left is told that
 # memory is lacking.
-QUEUES = 96
+QUEUES = 64
 START_SECONDS = 30
 # Clients that are still there have so long to end, and the daemon to answer anything.
 QUIT_SECONDS, ANSWER_SECONDS = 10, 30

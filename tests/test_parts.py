@@ -65,7 +65,7 @@ def test_each_process_has_its_part_and_joins_the_others(control, tmp_path, capfd
         assert flags["process_id"] == str(part)
         assert environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "25"
         assert environment["CUDA_VISIBLE_DEVICES"] == "1"
-        assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "24"
+        assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "16"
         assert float(environment["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == pytest.approx(0.22)
         assert environment["NCCL_P2P_DISABLE"] == environment["NCCL_SHM_DISABLE"] == "1"
     first, second = (record["environment"] for record in records)

@@ -213,3 +213,73 @@ def test_noise_shows_in_r_squared():
     bent = fit_unit(list(zip(work, (1e-3, 3e-3, 2e-3), strict=True)), 2000)
     assert straight.r_squared == pytest.approx(1)
     assert bent.r_squared < 0.7
+
+
+class FakePhases(bench_phases._PhaseBench):
+    """A bench whose times are told: milliseconds of a transfer's parts, alone and beside one.
+
+    parts: by (direction, number of parts). alone: by unit. slower: what each later measurement
+    beside a transfer adds to it, by unit.
+    """
+
+    def __init__(self, parts, alone, slower):
+        self._parts, self._alone = parts, alone
+        self._slower = {name: iter(times) for name, times in slower.items()}
+        self.asked = []
+
+    def _transfer_time(self, direction, parts):
+        self.asked.append((direction, parts))
+        return self._parts[direction](parts)
+
+    def program(self, name, parts=1):
+        return name, parts
+
+    def time(self, name, program, role):
+        milliseconds = self._alone[name]
+        if "beside" in program[0]:
+            milliseconds += next(self._slower[name])
+        return timing.Figure(name, milliseconds, 0.0)
+
+    def lost(self):
+        figures = {name: timing.Figure(name, ms, 0.0) for name, ms in self._alone.items()}
+        return self.lost_beside_transfers(bench_phases.PhaseTimes(None, 0, figures))
+
+
+ALONE = {
+    "attention_forward": 2.0, "expert_forward": 3.0,
+    "attention_backward": 6.0, "expert_backward": 8.0,
+}  # fmt: skip
+
+
+def test_units_are_timed_beside_the_longest_part_that_they_hide(monkeypatch):
+    monkeypatch.setattr(bench_phases, "_overlaps", lambda program: True)
+    slower = {
+        "attention_forward": (0.2, 0.1, 0.3), "expert_forward": (0.4, -0.1, 0.5),
+        "attention_backward": (0.0, 0.0, 0.0), "expert_backward": (1.0, 1.0, 9.0),
+    }  # fmt: skip
+    # 0.3 ms of each message are not its words; a part is at most half of the shorter phase.
+    parts = {"forward": lambda n: 0.3 + 16 / n, "backward": lambda n: 2.5}
+    bench = FakePhases(parts, ALONE, slower)
+    lost = bench.lost()
+    assert bench.asked == [("forward", n) for n in (1, 32)] + [("backward", 1)]
+    transfers = {"forward": 0.3 + 16 / 32, "backward": 2.5}
+    assert lost == pytest.approx({
+        "attention_forward": 0.2 / transfers["forward"],
+        # Once it was faster: nothing but noise is known of it.
+        "expert_forward": 0.0,
+        "attention_backward": 0.0,
+        "expert_backward": 1.0 / transfers["backward"],
+    })  # fmt: skip
+
+
+def test_a_direction_without_a_part_that_is_hidden_says_nothing_of_its_units(monkeypatch):
+    slower = {name: (1.0,) * 3 for name in ALONE}
+    # No part of the backward phase's transfer is short enough, of the forward phase's the whole.
+    parts = {"forward": lambda n: 1.0 / n, "backward": lambda n: 5.0}
+    monkeypatch.setattr(bench_phases, "_overlaps", lambda program: True)
+    bench = FakePhases(parts, ALONE, slower)
+    assert bench.lost() == pytest.approx({"attention_forward": 1.0, "expert_forward": 1.0})
+    assert max(n for _, n in bench.asked) <= bench_phases.MOST_PARTS
+    # Nor does one that XLA runs in turn with the phase.
+    monkeypatch.setattr(bench_phases, "_overlaps", lambda program: "forward" not in program[0])
+    assert FakePhases(parts, ALONE, slower).lost() == {}

@@ -116,7 +116,9 @@ class Hardware:
         follows from the rates.
       lost_beside_transfers: seconds that a unit takes longer, measured, for each second of a
         transfer that runs beside it; 0 for an absent unit. Transfers take processors and memory
-        traffic while they last, not a share of the unit.
+        traffic while they last, not a share of the unit. Of a transfer longer than half a unit a
+        part was sent, which runs beside the unit's first kernels: that they are like the others is
+        assumed.
       update_milliseconds_per_gigaparameter: measured time of the optimizer and of packing weights;
         None takes the bytes that they move.
       network: what the links were measured over, by its name in mesh/runtime.py.
