@@ -145,8 +145,8 @@ def measure_config(config: Config, holder: Holder):
     calls = UnitBench.of(config.validate()).calls() | projection_calls(config)
     for name, call in calls.items():
         alone = milliseconds(name, call, holder, 0)
-        # For twice as long as the calls take alone.
-        kernels = math.ceil(2 * CALLS * alone / MILLISECONDS)
+        # For three times as long as the calls take alone.
+        kernels = math.ceil(3 * CALLS * alone / MILLISECONDS)
         beside = [milliseconds(name, call, holder, held, kernels) for held in HELD]
         found = ", ".join(f"{ms:.3f} ({ms / alone - 1:+.0%})" for ms in beside)
         print(f"{name}: {alone:.3f} ms alone, beside {HELD} held {found}", flush=True)

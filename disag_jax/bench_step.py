@@ -4,7 +4,8 @@ The work bound is what the slower role computes, and nothing else: the larger ov
 K * v * (forward + backward) + its part of the losses, over 1 - idle share, from the units' times
 on one device of the same machine. Transfers, reductions, the optimizer and imbalance are not in it.
 A GPU that computes all the time is slower than one that is timed for a moment, by what its power
-allows: of GPUs there is a bound of units under load too.
+allows: of GPUs there is a bound of units under load too. That one is an estimate: a unit has the
+clock that its own work leaves, and in a step that of all of them.
 """
 
 import dataclasses
@@ -65,8 +66,9 @@ def measure(config: Config) -> list[Figure]:
 
 
 def under_load(unit: Figure) -> Figure:
-    """The unit with its time under load for its time, where there is one."""
-    return dataclasses.replace(unit, milliseconds=unit.loaded_milliseconds or unit.milliseconds)
+    """The unit with its time under load for its time, where there is one that is longer."""
+    longest = max(unit.milliseconds, unit.loaded_milliseconds or 0.0)
+    return dataclasses.replace(unit, milliseconds=longest)
 
 
 def run_steps(

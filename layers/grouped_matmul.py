@@ -174,8 +174,10 @@ class WeightGradient(NamedTuple):
         return _hopper().add_weight_gradient(sums_NAB, first, *self)
 
     def dense(self, dtype):
-        """The product as an array [E, A, B] of `dtype`, float32 or wider; slow on a GPU."""
-        return _portable_weight_gradient(*self, dtype)
+        """The product as an array [E, A, B] of `dtype`; slow on GPUs but in bfloat16 on Hopper."""
+        if dtype == jnp.bfloat16 and _hopper_runs(self.x_PA, self.dy_PB):
+            return _hopper().weight_gradient(*self, dtype)
+        return _portable_weight_gradient(*self, accumulation_dtype(dtype)).astype(dtype)
 
 
 def multiply_by_group(x_PA, weights: GroupWeights, tile_expert):
@@ -260,8 +262,7 @@ def _backward(saved, dy_PB):
         weights.num_experts, (dy_PB,), weights.stack, weights.first[None], tile_expert
     )
     product = WeightGradient(x_PA, dy_PB, tile_expert, weights.num_experts)
-    dw_EAB = product.dense(accumulation_dtype(w_EAB.dtype))
-    return dx_PA, dw_EAB.astype(w_EAB.dtype), None
+    return dx_PA, product.dense(w_EAB.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
