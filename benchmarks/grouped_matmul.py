@@ -61,7 +61,7 @@ class Products:
         )
         w = jax.random.normal(keys[2], (2 * EXPERTS, D_MODEL, WIDTH), jnp.bfloat16)
         sums = jnp.zeros((EXPERTS, D_MODEL, WIDTH))
-        both, groups = jnp.array([0, EXPERTS], jnp.int32), order.tile_expert
+        both, groups = jnp.array([0, EXPERTS], jnp.int32), order.half_expert
         first, second = both[:1], both[1:]
         product = functools.partial(rows_times_weights, num_experts=EXPERTS)
 

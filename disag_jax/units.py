@@ -238,7 +238,9 @@ class ExpertUnit:
     def stash_template(self) -> ExpertStash:
         g = self.geometry
         n = g.M * g.C
-        order = ExpertOrder(g.ints(g.P), g.ints(n, g.K + self.num_shared), g.ints(g.P // g.tile))
+        order = ExpertOrder(
+            g.ints(g.P), g.ints(n, g.K + self.num_shared), g.ints(2 * g.P // g.tile)
+        )
         products = self._choose_kept({"gate_up": g.floats(2, g.P, g.config.model.expert_width)})
         return ExpertStash(g.floats(n, g.D), g.wides(n, g.K), g.ints(n), order, products)
 
@@ -280,7 +282,7 @@ class ExpertUnit:
         product = PairProduct(
             sort_rows(self._normed(params, received.x), received.order),
             _gate_up_weights(params),
-            received.order.tile_expert,
+            received.order.half_expert,
         )
         return received._replace(products=self._choose_kept({"gate_up": product}))
 
@@ -308,7 +310,7 @@ class ExpertUnit:
         dscale, dx, dgate, doutputs = vjp(dy.reshape(-1, g.D))
 
         def gradient(name, dy):
-            return WeightGradient(inputs[name], dy, stash.order.tile_expert, g.num_groups)
+            return WeightGradient(inputs[name], dy, stash.order.half_expert, g.num_groups)
 
         experts = {
             "gate": gradient("gate_up", doutputs["gate_up"][0]),
@@ -330,13 +332,13 @@ class ExpertUnit:
 
         taps: differentiable stand-ins for the products' outputs, by name.
         """
-        inputs, tile_expert = {}, stash.order.tile_expert
+        inputs, half_expert = {}, stash.order.half_expert
 
         def gate_up(rows):
-            return multiply_by_pair(rows, _gate_up_weights(params), tile_expert)
+            return multiply_by_pair(rows, _gate_up_weights(params), half_expert)
 
         def down(rows):
-            return multiply_by_group(rows, GroupWeights.of(params[EXPERTS]["down"]), tile_expert)
+            return multiply_by_group(rows, GroupWeights.of(params[EXPERTS]["down"]), half_expert)
 
         def observed(name, product_of, rows):
             if name in stash.products:

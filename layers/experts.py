@@ -37,7 +37,7 @@ class Experts(nnx.Module):
         """Returns [n, D]: the gated sum of each row's experts, zeros for a row without any."""
 
         def product(name, rows):
-            return grouped_matmul(rows, getattr(self, name)[...], order.tile_expert)
+            return grouped_matmul(rows, getattr(self, name)[...], order.half_expert)
 
         def gate_up(rows):
             return product("gate", rows), product("up", rows)

@@ -1,7 +1,9 @@
 """Matrix products of expert-sorted rows with their experts' weights.
 
 Rows are sorted by expert and every expert's group is padded to whole tiles, so that a tile of rows
-belongs to one expert: a fast kernel is then the dense kernel with an indexed weight operand.
+belongs to one expert: a fast kernel is then the dense kernel with an indexed weight operand. Of a
+group that ends in the first half of a tile the second half is unused, and weight gradients leave it
+out.
 
 Legend: n rows, K choices per row, P sorted rows (a multiple of the tile), E experts, A and B inner
 and outer width of their weights, N matrices of a stack, J = 1 or 2 weights of each expert.
@@ -24,12 +26,12 @@ class ExpertOrder(NamedTuple):
     Attributes:
       pair: int32 [P], flat pair index n*K + k in each sorted row, -1 = padding.
       position: int32 [n, K], sorted row of each pair, -1 = none.
-      tile_expert: int32 [P / tile], expert of each tile, E = unused tile.
+      half_expert: int32 [2 P / tile], expert of each half tile, E = unused half.
     """
 
     pair: jax.Array
     position: jax.Array
-    tile_expert: jax.Array
+    half_expert: jax.Array
 
 
 def tile_rows() -> int:
@@ -50,11 +52,12 @@ def order_by_expert(ids_nK, num_experts: int, num_sorted: int, tile: int):
     Returns (ExpertOrder for P = num_sorted, rows needed). If more rows are needed than there are,
     pairs past the end are left out: the caller must check and not use the result.
     """
-    assert num_sorted % tile == 0, (num_sorted, tile)
+    assert num_sorted % tile == 0 and tile % 2 == 0, (num_sorted, tile)
     ids = ids_nK.reshape(-1)
     one_hot = (ids[:, None] == jnp.arange(num_experts)).astype(jnp.int32)
     rank = jnp.sum((jnp.cumsum(one_hot, axis=0) - one_hot) * one_hot, axis=1)
-    tiles_E = -(-jnp.sum(one_hot, axis=0) // tile)
+    count_E = jnp.sum(one_hot, axis=0)
+    tiles_E = -(-count_E // tile)
     end_tile_E = jnp.cumsum(tiles_E)
     begin_E = (end_tile_E - tiles_E) * tile
     position = jnp.sum(begin_E * one_hot, axis=1) + rank
@@ -62,9 +65,12 @@ def order_by_expert(ids_nK, num_experts: int, num_sorted: int, tile: int):
     pair = jnp.full((num_sorted,), -1, jnp.int32)
     target = jnp.where(position >= 0, position, num_sorted)
     pair = pair.at[target].set(jnp.arange(ids.size, dtype=jnp.int32), mode="drop")
-    tile_index = jnp.arange(num_sorted // tile)
-    tile_expert = jnp.sum(tile_index[:, None] >= end_tile_E, axis=1, dtype=jnp.int32)
-    order = ExpertOrder(pair, position.astype(jnp.int32).reshape(ids_nK.shape), tile_expert)
+    first_row = jnp.arange(0, num_sorted, tile // 2)[:, None]
+    holds = (begin_E <= first_row) & (first_row < begin_E + count_E)
+    half_expert = jnp.min(jnp.where(holds, jnp.arange(num_experts), num_experts), axis=1)
+    order = ExpertOrder(
+        pair, position.astype(jnp.int32).reshape(ids_nK.shape), half_expert.astype(jnp.int32)
+    )
     return order, end_tile_E[-1] * tile
 
 
@@ -125,7 +131,7 @@ class PairProduct(NamedTuple):
 
     x_PA: jax.Array
     weights: PairWeights
-    tile_expert: jax.Array
+    half_expert: jax.Array
 
     def writes_in_place(self, word_dtype) -> bool:
         """Whether `write_to` can be used, for words of this type; else there is `dense`."""
@@ -137,32 +143,32 @@ class PairProduct(NamedTuple):
         stack, first_2, num_experts = self.weights
         with jax.named_scope("gate_up"):
             return _hopper().write_rows_times_pair(
-                words_RB, first, self.x_PA, stack, first_2, self.tile_expert,
+                words_RB, first, self.x_PA, stack, first_2, self.half_expert,
                 num_experts=num_experts,
             )  # fmt: skip
 
     def dense(self):
         """The products as an array."""
-        x_PA, weights, tile_expert = self
+        x_PA, weights, half_expert = self
         with jax.named_scope("gate_up"):
-            return _products(weights.num_experts, x_PA, weights.stack, weights.first_2, tile_expert)
+            return _products(weights.num_experts, x_PA, weights.stack, weights.first_2, half_expert)
 
 
 class WeightGradient(NamedTuple):
-    """The gradient of a group's weights as its factors: the sum of x^T dy over each expert's tiles.
+    """The gradient of a group's weights as its factors: the sum of x^T dy over each expert's rows.
 
     The product is as large as the weights, and all that is wanted of it is to be added to a sum.
 
     Attributes:
       x_PA: the rows.
       dy_PB: of the rows' products.
-      tile_expert: as in ExpertOrder.
+      half_expert: as in ExpertOrder.
       num_experts: E.
     """
 
     x_PA: jax.Array
     dy_PB: jax.Array
-    tile_expert: jax.Array
+    half_expert: jax.Array
     num_experts: int
 
     def adds_in_place(self, dtype) -> bool:
@@ -180,47 +186,47 @@ class WeightGradient(NamedTuple):
         return _portable_weight_gradient(*self, accumulation_dtype(dtype)).astype(dtype)
 
 
-def multiply_by_group(x_PA, weights: GroupWeights, tile_expert):
+def multiply_by_group(x_PA, weights: GroupWeights, half_expert):
     """Returns [P, B]: each tile of rows times the weights of its expert.
 
-    Padding rows must be zero; rows of unused tiles are unspecified. Differentiable in x alone: the
+    Padding rows must be zero; rows of unused halves are unspecified. Differentiable in x alone: the
     weights are constants here, and `WeightGradient` is their gradient.
     """
     stack = lax.stop_gradient(weights.stack)
-    return _multiply(weights.num_experts, x_PA, stack, weights.first[None], tile_expert)[0]
+    return _multiply(weights.num_experts, x_PA, stack, weights.first[None], half_expert)[0]
 
 
-def multiply_by_pair(x_PA, weights: PairWeights, tile_expert):
+def multiply_by_pair(x_PA, weights: PairWeights, half_expert):
     """Returns two arrays [P, B]: as `multiply_by_group` with each of both weights.
 
     Its gradient takes two as well: made as one array, what makes them would be read twice.
     """
     stack = lax.stop_gradient(weights.stack)
-    return _multiply(weights.num_experts, x_PA, stack, weights.first_2, tile_expert)
+    return _multiply(weights.num_experts, x_PA, stack, weights.first_2, half_expert)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(num_experts, x_PA, stack_NAB, first_J, tile_expert):
+def _multiply(num_experts, x_PA, stack_NAB, first_J, half_expert):
     """The products [P, B] with each of J weights."""
-    return tuple(_products(num_experts, x_PA, stack_NAB, first_J, tile_expert))
+    return tuple(_products(num_experts, x_PA, stack_NAB, first_J, half_expert))
 
 
-def _products(num_experts, x_PA, stack_NAB, first_J, tile_expert):
+def _products(num_experts, x_PA, stack_NAB, first_J, half_expert):
     """The products [J, P, B] with each of J weights."""
     if _hopper_runs(x_PA, stack_NAB):
         kernels, static = _hopper(), {"num_experts": num_experts}
         if first_J.shape[0] == 2:
-            return kernels.rows_times_pair(x_PA, stack_NAB, first_J, tile_expert, **static)
+            return kernels.rows_times_pair(x_PA, stack_NAB, first_J, half_expert, **static)
         y_PB = kernels.rows_times_weights(
-            (x_PA,), stack_NAB, first_J, tile_expert, **static, transpose=False
+            (x_PA,), stack_NAB, first_J, half_expert, **static, transpose=False
         )
         return y_PB[None]
     weights = [GroupWeights(stack_NAB, first, num_experts).dense() for first in first_J]
-    return jnp.stack([_portable_matmul(x_PA, w_EAB, tile_expert) for w_EAB in weights])
+    return jnp.stack([_portable_matmul(x_PA, w_EAB, half_expert) for w_EAB in weights])
 
 
-def _multiply_forward(num_experts, x_PA, stack_NAB, first_J, tile_expert):
-    saved = (stack_NAB, first_J, tile_expert)
+def _multiply_forward(num_experts, x_PA, stack_NAB, first_J, half_expert):
+    saved = (stack_NAB, first_J, half_expert)
     return _multiply(num_experts, x_PA, *saved), saved
 
 
@@ -231,37 +237,37 @@ def _multiply_backward(num_experts, saved, dys):
 _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
-def _input_gradient(num_experts, dys, stack_NAB, first_J, tile_expert):
+def _input_gradient(num_experts, dys, stack_NAB, first_J, half_expert):
     """The sum over J of each tile of dy [P, B] times its expert's transposed weights: [P, A]."""
     if _hopper_runs(*dys, stack_NAB):
         return _hopper().rows_times_weights(
-            dys, stack_NAB, first_J, tile_expert, num_experts=num_experts, transpose=True
+            dys, stack_NAB, first_J, half_expert, num_experts=num_experts, transpose=True
         )
     weights = [GroupWeights(stack_NAB, first, num_experts).dense() for first in first_J]
     products = [
-        _portable_matmul(dy_PB, jnp.swapaxes(w_EAB, 1, 2), tile_expert)
+        _portable_matmul(dy_PB, jnp.swapaxes(w_EAB, 1, 2), half_expert)
         for dy_PB, w_EAB in zip(dys, weights, strict=True)
     ]
     return functools.reduce(jnp.add, products)
 
 
 @jax.custom_vjp
-def grouped_matmul(x_PA, w_EAB, tile_expert):
+def grouped_matmul(x_PA, w_EAB, half_expert):
     """As `multiply_by_group` for an array of weights, and differentiable in it too."""
-    return multiply_by_group(x_PA, GroupWeights.of(w_EAB), tile_expert)
+    return multiply_by_group(x_PA, GroupWeights.of(w_EAB), half_expert)
 
 
-def _forward(x_PA, w_EAB, tile_expert):
-    return grouped_matmul(x_PA, w_EAB, tile_expert), (x_PA, w_EAB, tile_expert)
+def _forward(x_PA, w_EAB, half_expert):
+    return grouped_matmul(x_PA, w_EAB, half_expert), (x_PA, w_EAB, half_expert)
 
 
 def _backward(saved, dy_PB):
-    x_PA, w_EAB, tile_expert = saved
+    x_PA, w_EAB, half_expert = saved
     weights = GroupWeights.of(w_EAB)
     dx_PA = _input_gradient(
-        weights.num_experts, (dy_PB,), weights.stack, weights.first[None], tile_expert
+        weights.num_experts, (dy_PB,), weights.stack, weights.first[None], half_expert
     )
-    product = WeightGradient(x_PA, dy_PB, tile_expert, weights.num_experts)
+    product = WeightGradient(x_PA, dy_PB, half_expert, weights.num_experts)
     return dx_PA, product.dense(w_EAB.dtype), None
 
 
@@ -283,7 +289,7 @@ def _hopper():
     return grouped_matmul_hopper
 
 
-def _portable_matmul(x_PD, w_EDF, tile_expert):
+def _portable_matmul(x_PD, w_EDF, half_expert):
     """The product anywhere, a tile at a time and only the used ones."""
     num_experts, width = w_EDF.shape[0], w_EDF.shape[2]
 
@@ -295,27 +301,27 @@ def _portable_matmul(x_PD, w_EDF, tile_expert):
             lambda: jnp.zeros((x_tile.shape[0], width), x_tile.dtype),
         )
 
+    # A tile whose first half is unused is unused.
+    tile_expert = half_expert[::2]
     tiles = (x_PD.reshape(tile_expert.shape[0], -1, x_PD.shape[1]), tile_expert)
     return lax.map(multiply, tiles).reshape(-1, width)
 
 
-def _portable_weight_gradient(x_PA, dy_PB, tile_expert, num_experts: int, dtype):
-    """Sums x^T dy of each expert's tiles, one tile at a time into one buffer [E, A, B]."""
-    num_tiles = tile_expert.shape[0]
+def _portable_weight_gradient(x_PA, dy_PB, half_expert, num_experts: int, dtype):
+    """Sums x^T dy of each expert's rows, one tile at a time into one buffer [E, A, B]."""
+    halves = half_expert.reshape(-1, 2)
 
     def add_tile(dw_EAB, tile):
-        x_tile, dy_tile, expert = tile
+        *rows, experts = tile
+        unused = (experts == num_experts)[:, None, None]
+        x_half, dy_half = (jnp.where(unused, 0, half) for half in rows)
 
         def add(dw_EAB):
-            product = jnp.einsum("ta,tb->ab", x_tile, dy_tile, preferred_element_type=dtype)
-            return dw_EAB.at[expert].add(product)
+            product = jnp.einsum("hta,htb->ab", x_half, dy_half, preferred_element_type=dtype)
+            return dw_EAB.at[experts[0]].add(product)
 
-        return lax.cond(expert < num_experts, add, lambda dw_EAB: dw_EAB, dw_EAB), None
+        return lax.cond(experts[0] < num_experts, add, lambda dw_EAB: dw_EAB, dw_EAB), None
 
-    tiles = (
-        x_PA.reshape(num_tiles, -1, x_PA.shape[-1]),
-        dy_PB.reshape(num_tiles, -1, dy_PB.shape[-1]),
-        tile_expert,
-    )
+    tiles = [x.reshape(*halves.shape, -1, x.shape[1]) for x in (x_PA, dy_PB)]
     zeros = jnp.zeros((num_experts, x_PA.shape[1], dy_PB.shape[1]), dtype)
-    return lax.scan(add_tile, zeros, tiles)[0]
+    return lax.scan(add_tile, zeros, (*tiles, halves))[0]

@@ -2,8 +2,11 @@
 
 Because every tile of rows belongs to one expert, the product of rows is the dense warp-specialised
 kernel with an indexed weight operand, and the weight gradient is one dense product per expert whose
-inner dim runs over the expert's tiles. Weights are read, and their gradients summed, where they lie
-among other rows: nothing is copied out. Measured in benchmarks/README.md.
+inner dim runs over the expert's half tiles. Weights are read, and their gradients summed, where
+they lie among other rows: nothing is copied out. Measured in benchmarks/README.md.
+
+`half_expert` has the expert of each half tile (grouped_matmul.ExpertOrder). Products of rows go by
+whole tiles: two warpgroups that share half a tile are no faster (benchmarks/LOG.md).
 
 Legend: P sorted rows, A inner width, B outer width, E experts, N matrices of a stack, S sources of
 a sum.
@@ -29,7 +32,7 @@ FETCH_STEP = 3  # when a block's first square of sums is fetched; as many steps 
 # Lowering a kernel takes half a second of Python: inside jit it is done once for all equal calls
 # of a program, of which a pipeline's has dozens.
 @functools.partial(jax.jit, static_argnames=("num_experts", "transpose"))
-def rows_times_weights(xs, stack, first_S, tile_expert, *, num_experts: int, transpose: bool):
+def rows_times_weights(xs, stack, first_S, half_expert, *, num_experts: int, transpose: bool):
     """Each tile of 128 rows times its expert's weights, summed over the sources: [P, B].
 
     Unspecified in unused tiles. The sum is made in the accumulator: it costs no pass over memory.
@@ -113,12 +116,13 @@ def rows_times_weights(xs, stack, first_S, tile_expert, *, num_experts: int, tra
         )
 
     out = jax.ShapeDtypeStruct((num_rows, outer), xs[0].dtype)
+    tile_expert = half_expert[::2]
     operands = (tile_expert, first_S[:, None] + tile_expert, *xs, stack)
     return hopper.call(multiply_by_group, operands, out, blocks=blocks)
 
 
 @functools.partial(jax.jit, static_argnames="num_experts")
-def rows_times_pair(x_PA, stack, first_2, tile_expert, *, num_experts: int):
+def rows_times_pair(x_PA, stack, first_2, half_expert, *, num_experts: int):
     """Each tile of 128 rows times both weights of its expert: [2, P, B].
 
     As `rows_times_weights` of each, with the rows loaded once. A block is 128 x 128 outputs of
@@ -126,24 +130,24 @@ def rows_times_pair(x_PA, stack, first_2, tile_expert, *, num_experts: int):
     """
     num_rows, outer = x_PA.shape[0], stack.shape[2]
     out = jax.ShapeDtypeStruct((2 * num_rows, outer), x_PA.dtype)
-    kernel, operands, blocks = _rows_times_pair(0, x_PA, stack, first_2, tile_expert, num_experts)
+    kernel, operands, blocks = _rows_times_pair(0, x_PA, stack, first_2, half_expert, num_experts)
     return hopper.call(kernel, operands, out, blocks=blocks).reshape(2, num_rows, outer)
 
 
 @functools.partial(jax.jit, static_argnames="num_experts")
-def write_rows_times_pair(words_RB, first, x_PA, stack, first_2, tile_expert, *, num_experts: int):
+def write_rows_times_pair(words_RB, first, x_PA, stack, first_2, half_expert, *, num_experts: int):
     """The buffer with `rows_times_pair`, by bits, in the 2 P rows from `first` on, in place.
 
     words: unsigned integers as wide as the products; first: a multiple of 8.
     """
     assert words_RB.shape[1] == stack.shape[2], (words_RB.shape, stack.shape)
     kernel, operands, blocks = _rows_times_pair(
-        first, x_PA, stack, first_2, tile_expert, num_experts
+        first, x_PA, stack, first_2, half_expert, num_experts
     )
     return hopper.call(kernel, operands, blocks=blocks, in_place=words_RB)
 
 
-def _rows_times_pair(first, x_PA, stack, first_2, tile_expert, num_experts: int):
+def _rows_times_pair(first, x_PA, stack, first_2, half_expert, num_experts: int):
     """(kernel, its operands, its blocks) for the rows from `first` on of its last argument."""
     num_rows, inner = x_PA.shape
     outer = stack.shape[2]
@@ -213,13 +217,14 @@ def _rows_times_pair(first, x_PA, stack, first_2, tile_expert, num_experts: int)
 
     # A copy must be known to begin at a whole tile of shared memory.
     first_1 = jnp.asarray(first // TILE_ROWS, jnp.int32)[None]
+    tile_expert = half_expert[::2]
     operands = (tile_expert, first_2[:, None] + tile_expert, first_1, x_PA, stack)
     return multiply_by_pair, operands, blocks
 
 
 @functools.partial(jax.jit, static_argnames="num_experts")
-def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: int):
-    """Adds the sum of x^T dy over each expert's tiles to its matrix in `sums`, in place.
+def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, half_expert, num_experts: int):
+    """Adds the sum of x^T dy over each expert's half tiles to its matrix in `sums`, in place.
 
     sums: float32; expert e has the place first + e. Every sum is changed once, so the result does
     not depend on the order of the blocks.
@@ -230,22 +235,22 @@ def add_weight_gradient(sums_NAB, first, x_PA, dy_PB, tile_expert, num_experts: 
     """
     assert sums_NAB.shape[1:] == (x_PA.shape[1], dy_PB.shape[1]), (x_PA.shape, sums_NAB.shape)
     kernel, operands, blocks = _weight_gradient(
-        first, x_PA, dy_PB, tile_expert, num_experts, adds=True
+        first, x_PA, dy_PB, half_expert, num_experts, adds=True
     )
     return hopper.call(kernel, operands, blocks=blocks, in_place=sums_NAB)
 
 
 @functools.partial(jax.jit, static_argnames=("num_experts", "dtype"))
-def weight_gradient(x_PA, dy_PB, tile_expert, num_experts: int, dtype):
-    """The sum of x^T dy over each expert's tiles as a new array: [E, A, B] of `dtype`."""
+def weight_gradient(x_PA, dy_PB, half_expert, num_experts: int, dtype):
+    """The sum of x^T dy over each expert's half tiles as a new array: [E, A, B] of `dtype`."""
     out = jax.ShapeDtypeStruct((num_experts, x_PA.shape[1], dy_PB.shape[1]), dtype)
     kernel, operands, blocks = _weight_gradient(
-        0, x_PA, dy_PB, tile_expert, num_experts, adds=False
+        0, x_PA, dy_PB, half_expert, num_experts, adds=False
     )
     return hopper.call(kernel, operands, out, blocks=blocks)
 
 
-def _weight_gradient(first, x_PA, dy_PB, tile_expert, num_experts: int, *, adds: bool):
+def _weight_gradient(first, x_PA, dy_PB, half_expert, num_experts: int, *, adds: bool):
     """(kernel, its operands, its blocks) that adds to the matrices of its last argument.
 
     Without `adds` it overwrites them, with zeros for an expert without rows.
@@ -255,9 +260,10 @@ def _weight_gradient(first, x_PA, dy_PB, tile_expert, num_experts: int, *, adds:
     blocks_per_expert = pl.cdiv(inner, height)
     blocks = (num_experts * blocks_per_expert, pl.cdiv(outer, width))
     transforms = hopper.transforms(DEPTH, x_PA.dtype)
-    tiles_E = jnp.sum(tile_expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    first_tile_E = (jnp.cumsum(tiles_E) - tiles_E).astype(jnp.int32)
-    steps_per_tile = ROWS // DEPTH
+    assert 2 * DEPTH == ROWS, "a step is half a tile"
+    steps_E = jnp.sum(half_expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    tiles_E = (steps_E + 1) // 2
+    first_step_E = (2 * (jnp.cumsum(tiles_E) - tiles_E)).astype(jnp.int32)
 
     def pipeline(body, compute_context, steps=GRADIENT_STEPS, first=0, row_block=0, column_block=0):
         return hopper.pipeline(
@@ -271,7 +277,7 @@ def _weight_gradient(first, x_PA, dy_PB, tile_expert, num_experts: int, *, adds:
             ],
         )
 
-    def weight_gradient(places, tiles, first_tiles, x, dy, gradients):
+    def weight_gradient(places, num_steps, first_steps, x, dy, gradients):
         def in_scope(allocations, staging, arrived):
             group = lax.axis_index("wg")
             # The warpgroups share the block's longer side.
@@ -281,8 +287,7 @@ def _weight_gradient(first, x_PA, dy_PB, tile_expert, num_experts: int, *, adds:
             def block(expert_and_row, column_block):
                 expert = lax.div(expert_and_row, jnp.int32(blocks_per_expert))
                 row_block = lax.rem(expert_and_row, jnp.int32(blocks_per_expert))
-                steps = tiles[expert] * steps_per_tile
-                first = first_tiles[expert] * steps_per_tile
+                steps, first = num_steps[expert], first_steps[expert]
                 target = gradients.at[
                     places[expert],
                     pl.ds(row_block * height + row, SIDE),
@@ -354,7 +359,7 @@ def _weight_gradient(first, x_PA, dy_PB, tile_expert, num_experts: int, *, adds:
         )
 
     places_E = first + jnp.arange(num_experts, dtype=jnp.int32)
-    operands = (places_E, tiles_E, first_tile_E, x_PA, dy_PB)
+    operands = (places_E, steps_E, first_step_E, x_PA, dy_PB)
     return weight_gradient, operands, blocks
 
 

@@ -139,15 +139,15 @@ def test_hopper_kernels_equal_the_portable_product(num_weights, outer):
 
         def product(x):
             if num_weights == 1:
-                return (multiply_by_group(x, *views, order.tile_expert),)
-            return multiply_by_pair(x, PairWeights.of(*views), order.tile_expert)
+                return (multiply_by_group(x, *views, order.half_expert),)
+            return multiply_by_pair(x, PairWeights.of(*views), order.half_expert)
 
         y, vjp = jax.vjp(product, x)
-        used = jnp.repeat(order.tile_expert < counts.size, tile_rows())[:, None]
+        used = jnp.repeat(order.half_expert < counts.size, tile_rows() // 2)[:, None]
         wide = jnp.float32 if dtype == jnp.bfloat16 else dtype
         added, written = jnp.asarray(sums, wide), []
         for which in range(num_weights):
-            gradient = WeightGradient(x, dy[which], order.tile_expert, counts.size)
+            gradient = WeightGradient(x, dy[which], order.half_expert, counts.size)
             place = 1 + which * counts.size
             if gradient.adds_in_place(wide):
                 added = gradient.add_to(added, jnp.int32(place))
@@ -188,7 +188,7 @@ def test_a_pair_is_written_where_it_is_kept(outer):
     @jax.jit
     def both_ways(x, stack, words, first):
         views = [GroupWeights(stack, jnp.int32(i * counts.size), counts.size) for i in range(2)]
-        product = PairProduct(x, PairWeights.of(*views), order.tile_expert)
+        product = PairProduct(x, PairWeights.of(*views), order.half_expert)
         assert product.writes_in_place(words.dtype)
         return product.dense(), product.write_to(words, first)
 
@@ -196,7 +196,7 @@ def test_a_pair_is_written_where_it_is_kept(outer):
     np.testing.assert_array_equal(found[:first], 7)
     np.testing.assert_array_equal(found[-8:], 7)
     found = found[first:-8].reshape(2, num_sorted, outer)
-    used = np.repeat(np.asarray(order.tile_expert) < counts.size, tile_rows())
+    used = np.repeat(np.asarray(order.half_expert) < counts.size, tile_rows() // 2)
     np.testing.assert_array_equal(found[:, used], expected.view(np.uint16)[:, used])
 
 

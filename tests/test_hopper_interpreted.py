@@ -13,11 +13,11 @@ from layers import grouped_matmul_hopper, hopper, softmax_hopper, target
 # Not among JAX's public names.
 interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
-EXPERTS, TILE, INNER, OUTER = 2, 128, 128, 512
-# The first tile is unused: of the last blocks none may be missing.
-TILE_EXPERT = np.array([EXPERTS, 0, 0, 1, 1], np.int32)
-TILES = len(TILE_EXPERT)
-USED = slice(TILE, None)
+EXPERTS, HALF, INNER, OUTER = 2, 64, 128, 512
+# The first tile is unused, and half of two others: of the last blocks none may be missing.
+HALF_EXPERT = np.array([EXPERTS, EXPERTS, 0, 0, 0, EXPERTS, 1, EXPERTS, 1, 1], np.int32)
+NUM_ROWS = HALF * len(HALF_EXPERT)
+USED = np.repeat(HALF_EXPERT < EXPERTS, HALF)
 FIRST_2 = np.array([3, 1], np.int32)
 
 
@@ -35,10 +35,12 @@ def draw(seed, *shape):
 
 
 def product(x, stack, first):
-    """Row by row of the used tiles, in float32."""
+    """Row by row of the used half tiles, in float32."""
     x, stack = np.asarray(x, np.float32), np.asarray(stack, np.float32)
-    tiles = zip(np.split(x[USED], TILES - 1), TILE_EXPERT[1:], strict=True)
-    return np.concatenate([rows @ stack[first + expert] for rows, expert in tiles])
+    halves = zip(np.split(x, len(HALF_EXPERT)), HALF_EXPERT, strict=True)
+    return np.concatenate(
+        [rows @ stack[first + expert] for rows, expert in halves if expert < EXPERTS]
+    )
 
 
 def assert_close(actual, expected):
@@ -46,17 +48,17 @@ def assert_close(actual, expected):
 
 
 def test_products_of_several_sources_are_summed():
-    x, stack = draw(0, 2, TILES * TILE, INNER), draw(1, 2 * EXPERTS + 1, INNER, OUTER)
+    x, stack = draw(0, 2, NUM_ROWS, INNER), draw(1, 2 * EXPERTS + 1, INNER, OUTER)
     y = grouped_matmul_hopper.rows_times_weights(
-        tuple(x), stack, FIRST_2, TILE_EXPERT, num_experts=EXPERTS, transpose=False
+        tuple(x), stack, FIRST_2, HALF_EXPERT, num_experts=EXPERTS, transpose=False
     )
     expected = [product(x_PA, stack, first) for x_PA, first in zip(x, FIRST_2, strict=True)]
     assert_close(y[USED], expected[0] + expected[1])
 
 
 def test_both_products_of_a_pair():
-    x, stack = draw(0, TILES * TILE, INNER), draw(1, 2 * EXPERTS + 1, INNER, OUTER)
-    y = grouped_matmul_hopper.rows_times_pair(x, stack, FIRST_2, TILE_EXPERT, num_experts=EXPERTS)
+    x, stack = draw(0, NUM_ROWS, INNER), draw(1, 2 * EXPERTS + 1, INNER, OUTER)
+    y = grouped_matmul_hopper.rows_times_pair(x, stack, FIRST_2, HALF_EXPERT, num_experts=EXPERTS)
     assert_close(y[:, USED], np.stack([product(x, stack, first) for first in FIRST_2]))
 
 

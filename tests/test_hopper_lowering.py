@@ -26,13 +26,13 @@ def lowered_kernels(function, **shapes) -> int:
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_equal_products_of_rows_are_lowered_once(transpose):
-    def two_products(x, y, weights, tile_expert):
+    def two_products(x, y, weights, half_expert):
         return [
             grouped_matmul_hopper.rows_times_weights(
                 (rows,),
                 weights,
                 jnp.array([1], jnp.int32),
-                tile_expert,
+                half_expert,
                 num_experts=EXPERTS,
                 transpose=transpose,
             )
@@ -45,7 +45,7 @@ def test_equal_products_of_rows_are_lowered_once(transpose):
         x=(jnp.bfloat16, ROWS, inner),
         y=(jnp.bfloat16, ROWS, inner),
         weights=(jnp.bfloat16, EXPERTS + 2, INNER, OUTER),
-        tile_expert=(jnp.int32, ROWS // 128),
+        half_expert=(jnp.int32, ROWS // 64),
     )
     assert found == 1
 
@@ -54,8 +54,8 @@ def test_equal_products_of_rows_are_lowered_once(transpose):
 def test_a_pair_lowers_to_one_kernel_each_way(outer):
     """Also where a width is not whole blocks."""
 
-    def forward_and_back(x, dy, weights, first, tile_expert):
-        places = (weights, first, tile_expert)
+    def forward_and_back(x, dy, weights, first, half_expert):
+        places = (weights, first, half_expert)
         y = grouped_matmul_hopper.rows_times_pair(x, *places, num_experts=EXPERTS)
         dx = grouped_matmul_hopper.rows_times_weights(
             tuple(dy), *places, num_experts=EXPERTS, transpose=True
@@ -69,15 +69,15 @@ def test_a_pair_lowers_to_one_kernel_each_way(outer):
         dy=(jnp.bfloat16, 2, ROWS, outer),
         weights=(jnp.bfloat16, 2 * EXPERTS + 3, INNER, outer),
         first=(jnp.int32, 2),
-        tile_expert=(jnp.int32, ROWS // 128),
+        half_expert=(jnp.int32, ROWS // 64),
     )
     assert found == 2
 
 
 def test_a_pair_lowers_to_one_kernel_that_writes_where_it_is_kept():
-    def keep(words, first, x, weights, first_2, tile_expert):
+    def keep(words, first, x, weights, first_2, half_expert):
         return grouped_matmul_hopper.write_rows_times_pair(
-            words, first, x, weights, first_2, tile_expert, num_experts=EXPERTS
+            words, first, x, weights, first_2, half_expert, num_experts=EXPERTS
         )
 
     found = lowered_kernels(
@@ -87,7 +87,7 @@ def test_a_pair_lowers_to_one_kernel_that_writes_where_it_is_kept():
         x=(jnp.bfloat16, ROWS, INNER),
         weights=(jnp.bfloat16, 2 * EXPERTS, INNER, OUTER),
         first_2=(jnp.int32, 2),
-        tile_expert=(jnp.int32, ROWS // 128),
+        half_expert=(jnp.int32, ROWS // 64),
     )
     assert found == 1
 
@@ -96,13 +96,13 @@ def test_a_pair_lowers_to_one_kernel_that_writes_where_it_is_kept():
 def test_weight_gradients_lower_in_both_orientations(inner, outer):
     """Once for both weights of a pair that are added, and once for both that are written."""
 
-    def add_and_write(sums, x, dy, tile_expert):
+    def add_and_write(sums, x, dy, half_expert):
         written = []
         for which in range(2):
             sums = grouped_matmul_hopper.add_weight_gradient(
-                sums, jnp.int32(which * EXPERTS), x, dy[which], tile_expert, EXPERTS
+                sums, jnp.int32(which * EXPERTS), x, dy[which], half_expert, EXPERTS
             )
-            product = (x, dy[which], tile_expert, EXPERTS, jnp.dtype("bfloat16"))
+            product = (x, dy[which], half_expert, EXPERTS, jnp.dtype("bfloat16"))
             written.append(grouped_matmul_hopper.weight_gradient(*product))
         return sums, written
 
@@ -111,7 +111,7 @@ def test_weight_gradients_lower_in_both_orientations(inner, outer):
         sums=(jnp.float32, 2 * EXPERTS, inner, outer),
         x=(jnp.bfloat16, ROWS, inner),
         dy=(jnp.bfloat16, 2, ROWS, outer),
-        tile_expert=(jnp.int32, ROWS // 128),
+        half_expert=(jnp.int32, ROWS // 64),
     )
     assert found == 2
 
