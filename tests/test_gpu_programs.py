@@ -1,6 +1,7 @@
 """What the GPU's compiler makes of the training pipeline; it needs JAX's CUDA plugin, and no GPU.
 
-In an environment with requirements.txt and Python 3.12: python -m pytest -m gpu_program
+In an environment with requirements.txt and Python 3.12: python -m pytest -m gpu_program. With jax
+0.10, which Python 3.11 has, 14 of 15 fail: that compiler copies what the loop changes in place.
 """
 
 import collections
@@ -25,9 +26,6 @@ from tests.test_gpu import CHUNKED, INTERLEAVED, PAIR, TWIN, bfloat16_config
 pytestmark = [
     pytest.mark.gpu_program,
     pytest.mark.skipif(absent.cuda_plugin() is None, reason="needs JAX's CUDA plugin"),
-    pytest.mark.skipif(
-        jax.__version_info__ < (0, 11), reason="older compilers order the programs otherwise"
-    ),
 ]
 
 SPLITS = {
